@@ -1,0 +1,10 @@
+"""Spiking architectures, each a thin file that reads like its paper."""
+
+# Two names for this package would mean two registries, and isinstance that fails between them.
+if __name__ != "spikecore.models":
+    raise ImportError(f"this package is spikecore.models; write `import spikecore.models`, not `import {__name__}`")
+
+from spikecore.models._registry import create_model, list_models, register_model
+from spikecore.models.ecsnn import ECSNN
+
+__all__ = ["ECSNN", "create_model", "list_models", "register_model"]

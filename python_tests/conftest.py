@@ -1,0 +1,27 @@
+"""Options and the parity table; see golden/harness.py."""
+
+import pathlib
+
+import pytest
+from golden import harness
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden", metavar="DIR", type=pathlib.Path, help="also check the parity cases in DIR (write --golden=DIR)"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("--golden")
+    if folder is not None and not any(harness.case_files(folder)):
+        raise pytest.UsageError(f"--golden={folder}: no NAME.json beside NAME.safetensors there")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [r for kind in ("passed", "failed", "skipped") for r in terminalreporter.stats.get(kind, ())]
+    rows = [row for r in reports if r.when == "call" for key, row in r.user_properties if key == "golden"]
+    if rows:
+        terminalreporter.section("parity with published code")
+        for line in harness.table(rows):
+            terminalreporter.write_line(line)

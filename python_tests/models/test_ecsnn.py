@@ -1,0 +1,126 @@
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+
+import spikecore.models
+from spikecore.models import create_model, list_models, register_model
+from spikecore.neurons import LIF
+
+# (variant, in_channels, img_size) -> parameters of the published networks, no bias anywhere, 10 classes
+PARAMETERS = {
+    ("ecsnn_vgg5", 1, 28): 6_655_168,
+    ("ecsnn_vgg5", 3, 32): 8_622_400,
+    ("ecsnn_vgg5", 1, (96, 323)): 251_890_880,
+    ("ecsnn_vgg9", 1, 28): 4_105_024,
+    ("ecsnn_vgg9", 2, 34): 5_940_608,
+    ("ecsnn_vgg9", 2, 128): 68_855_168,
+    ("ecsnn_vgg16", 3, 32): 33_634_240,
+    ("ecsnn_vgg16", 3, 224): 134_297_536,
+    ("ecsnn_cifarnet", 3, 32): 9_326_208,
+    ("ecsnn_cifarnet", 1, (40, 173)): 45_300_864,
+}
+
+
+@pytest.mark.parametrize(("name", "in_channels", "img_size"), PARAMETERS)
+def test_parameters(name, in_channels, img_size):
+    with torch.device("meta"):
+        model = create_model(name, in_channels=in_channels, img_size=img_size)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name, in_channels, img_size]
+
+
+def test_test_variant_is_small():
+    assert sum(p.numel() for p in create_model("ecsnn_vgg_test").parameters()) == 99_232
+
+
+def test_published_keys():
+    with torch.device("meta"):
+        keys = create_model("ecsnn_vgg5").state_dict()
+    weights = [int(key.split(".")[1]) for key in keys if key.startswith("conv_fc.") and key.endswith(".weight")]
+    assert weights == [0, 1, 4, 5, 7, 8, 13, 15]
+
+
+def test_shapes_and_image_as_frames():
+    model = create_model("ecsnn_vgg_test").eval()
+    image = torch.rand(2, 1, 8, 8)
+    frames = image.unsqueeze(1).expand(-1, model.T, -1, -1, -1)
+    assert model(image).shape == (2, 10)
+    assert model.steps(image).shape == (4, 2, 10)
+    torch.testing.assert_close(model(image), model(frames))
+    assert model(torch.rand(2, 7, 1, 8, 8)).shape == (2, 10)
+    assert model(torch.rand(0, 1, 8, 8)).shape == (0, 10)
+
+
+def test_image_as_frames_in_training():
+    torch.manual_seed(0)
+    image = torch.rand(16, 1, 8, 8)
+    one, two = create_model("ecsnn_vgg_test", dropout=0.0), create_model("ecsnn_vgg_test", dropout=0.0)
+    two.load_state_dict(one.state_dict())
+    torch.testing.assert_close(one(image), two(image.unsqueeze(1).expand(-1, 4, -1, -1, -1)))
+    mine, theirs = one.conv_fc[1], two.conv_fc[1]
+    torch.testing.assert_close(mine.running_mean, theirs.running_mean)
+    n = image[:, 0].numel()
+    updated, repeated = mine.running_var - 0.9, theirs.running_var - 0.9
+    torch.testing.assert_close(updated / repeated, torch.full((32,), (n - 1 / 4) / (n - 1)), rtol=1e-4, atol=0)
+
+
+def test_step_by_step_equals_all_at_once():
+    """The published code's order of computation: all layers of step 0, then of step 1, ..."""
+    model = create_model("ecsnn_vgg_test").eval()
+    frames = torch.rand(2, 3, 1, 8, 8)
+    state: dict[nn.Module, torch.Tensor] = {}
+    total = 0
+    for x in frames.unbind(1):
+        for layer in model.conv_fc:
+            if isinstance(layer, LIF):
+                x, state[layer] = layer.step(x, state.get(layer))
+            else:
+                x = layer(x)
+        total = total + x
+    torch.testing.assert_close(model(frames), total / 3)
+
+
+def test_every_parameter_learns():
+    model = create_model("ecsnn_vgg_test")
+    model(torch.rand(8, 1, 8, 8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"img_size": 3}, "too small for the 2 pools"),
+        ({"layers": "64 Q"}, "numbers and P"),
+        ({"layers": "P 64"}, "begin with a convolution"),
+        ({"layers": ""}, "begin with a convolution"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        spikecore.models.ECSNN(**{"layers": "8 P 8 P", "hidden": (), **kwargs})
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"got \[1, 8, 8\]"):
+        create_model("ecsnn_vgg_test")(torch.rand(1, 8, 8))
+
+
+def test_registry():
+    assert "ecsnn_vgg9" in list_models("ecsnn_*")
+    assert list_models("nothing*") == []
+    with pytest.raises(ValueError, match="did you mean ecsnn_vgg"):
+        create_model("ecsnn_vgg6")
+    with pytest.raises(ValueError, match="list_models"):
+        create_model("zzz")
+
+    def ecsnn_vgg5(): ...
+
+    with pytest.raises(ValueError, match="is taken"):
+        register_model(ecsnn_vgg5)
+
+
+def test_bare_models_is_refused():
+    spec = importlib.util.spec_from_file_location("models", spikecore.models.__file__)
+    with pytest.raises(ImportError, match="this package is"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

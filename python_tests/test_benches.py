@@ -1,0 +1,90 @@
+"""benches/run.py runs, saves, draws and compares, and prints no number for an operator that is wrong."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from spikecore.testing.timing import bench, bytes_kept, bytes_moved, bytes_peak
+
+RUN = pathlib.Path(__file__).parents[1] / "benches" / "run.py"
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """run.py with its benches; peers that are other packages are left out, and the allocator stays as it is."""
+    spec = importlib.util.spec_from_file_location("benches_run", RUN)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    modules = module.discover()
+    monkeypatch.setattr(module, "discover", lambda: modules)
+    monkeypatch.setattr(module.timing, "steady_memory", lambda: "allocator as it is")
+    for name in ("spikingjelly", "snntorch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    return module
+
+
+def test_saves_draws_and_compares(runner, tmp_path, capsys):
+    command = ["--op", "lif", "--quick", "--threads", "1"]
+    assert runner.main([*command, "--json", f"{tmp_path}/old.json", "--plot", f"{tmp_path}/plots"]) == 0
+    out = capsys.readouterr().out
+    assert "left out: snntorch (import of snntorch halted" in out
+    assert (tmp_path / "plots" / "lif.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((tmp_path / "old.json").read_text())
+    assert {row["direction"] for row in saved["rows"]} == {"forward", "training"}
+    assert saved["machine"]["versions"]["torch"] == torch.__version__
+    for row in saved["rows"]:
+        assert row["times"]["spikecore"]["minimum"] <= row["times"]["spikecore"]["median"]
+        assert row["moved_over_must"] == 1
+        assert set(row["peer_over_ours"]) == {"eager"}
+        if row["direction"] == "training":
+            assert row["memory_over_x"]["spikecore"] == {"kept": 0, "peak": 0}
+            assert row["memory_over_x"]["eager"]["kept"] >= 1
+    assert runner.main([*command, "--compare", f"{tmp_path}/old.json"]) == 0
+    out = capsys.readouterr().out
+    assert f"against {saved['commit'] or 'an unknown commit'}" in out
+    assert "new/old" in out
+
+
+def test_wrong_operator_gets_no_number(runner, tmp_path, capsys, monkeypatch):
+    lif = runner.discover()["lif"]
+    right = lif.ours
+    monkeypatch.setattr(lif, "ours", lambda x: 1 - right(x))
+    assert runner.main(["--op", "lif", "--quick", "--json", f"{tmp_path}/new.json"]) == 1
+    out = capsys.readouterr().out
+    assert "disagrees with its reference" in out
+    assert " ms" not in out
+    assert json.loads((tmp_path / "new.json").read_text())["rows"] == []
+
+
+def test_failing_peer_is_left_out_with_its_reason(runner, capsys, monkeypatch):
+    def broken(x):
+        def run(x):
+            raise RuntimeError("no such kernel")
+
+        return run
+
+    monkeypatch.setitem(runner.discover()["lif"].PEERS, "eager", broken)
+    assert runner.main(["--op", "lif", "--quick", "--threads", "1"]) == 0
+    assert "left out: eager (fails: no such kernel)" in capsys.readouterr().out
+
+
+def test_bench_takes_turns():
+    order = []
+    times = bench({n: lambda n=n: order.append(n) for n in "ab"}, warmup=0, duration=0.01, turn=0.001)
+    changes = [n for i, n in enumerate(order) if i == 0 or order[i - 1] != n]
+    assert changes == ["a", "b"] * (len(changes) // 2)
+    assert len(times["a"].turns) == len(times["b"].turns) >= 5
+    assert times["a"].minimum <= times["a"].lower <= times["a"].median <= times["a"].upper
+
+
+def test_bytes():
+    x = torch.ones(1000, requires_grad=True)
+    assert bytes_kept(lambda: x.exp().sin(), x) == 4000  # sin keeps exp's result, which exp keeps as well
+    assert bytes_kept(lambda: x.exp(), x) == 0  # the result itself
+    assert bytes_moved(lambda: torch.exp(x.detach()).view(10, 100)) == 8000
+    assert bytes_peak(lambda: x.detach().exp().sin()) == 8000

@@ -1,0 +1,417 @@
+"""The sweep: every operator's Case against its reference, in autograd, under compilers, with threads and ISAs."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spikecore import _backend
+from spikecore.testing.cases import CASES, SURROGATES, Case, Sample, values
+from spikecore.testing.compare import assert_close, assert_spikes_close
+
+PAIRS = [(case, name) for case in CASES.values() for name in case.names()]
+EACH = pytest.mark.parametrize(("case", "name"), PAIRS, ids=[f"{c.name}-{n}" for c, n in PAIRS])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+
+# A few samples of every case, for what is slow.
+FEW = {
+    "lif": [
+        "PLIF channels, attached, v_init, h, v",
+        "LIF, soft, attached",
+        "mem_update",
+        "channels-last",
+        "batch first",
+        "expanded T, packed",
+        "channel_dim -1",
+        "T=1",
+        "empty [4, 0, 6, 3]",
+    ]
+}
+FEW_PAIRS = [(CASES[c], name) for c, names in FEW.items() for name in names]
+EACH_OF_FEW = pytest.mark.parametrize(("case", "name"), FEW_PAIRS, ids=[f"{c.name}-{n}" for c, n in FEW_PAIRS])
+
+
+def upstream(outputs: tuple[Tensor, ...], kind: str) -> list[Tensor | None]:
+    """Gradients for each output: dense, of another layout, or for some outputs alone."""
+    grads: list[Tensor | None] = []
+    for i, out in enumerate(outputs):
+        g = values(tuple(out.shape), torch.float32, True, 100 + i).to(out.dtype)
+        if not out.is_floating_point() or kind == f"all but {i}" or (kind.startswith("only") and kind != f"only {i}"):
+            grads.append(None)
+        elif kind == "expanded":
+            grads.append(torch.tensor(0.7 - 0.3 * i, dtype=out.dtype).expand_as(out))
+        elif kind == "transposed":
+            dims = tuple(reversed(range(out.dim())))
+            grads.append(g.permute(dims).contiguous().permute(dims))
+        else:
+            grads.append(torch.zeros_like(g) if kind == "zero" else g)
+    return grads
+
+
+def gradients(f: Callable, sample: Sample, kind: str = "dense") -> dict[str, Tensor]:
+    """Gradients of one call by argument; an argument that got none is missing."""
+    sample, leaves = sample.leaves()
+    outputs = f(**sample.arguments)
+    pairs = [(o, g) for o, g in zip(outputs, upstream(outputs, kind), strict=True) if g is not None and o.requires_grad]
+    if not pairs:
+        return {}
+    targets, grads = zip(*pairs, strict=True)
+    got = torch.autograd.grad(targets, list(leaves.values()), grads, allow_unused=True)
+    return {k: g for k, g in zip(leaves, got, strict=True) if g is not None}
+
+
+def check_gradients(case: Case, sample: Sample, kind: str = "dense") -> None:
+    """Kernel against reference in the kernel's precision (float64: in float32, scaled) and in float64."""
+    dtype = sample.arguments["x"].dtype
+    actual = gradients(case.op, sample, kind)
+    reference = gradients(case.ref, sample.to(torch.float32) if dtype == torch.float64 else sample, kind)
+    exact = gradients(case.ref, sample.to(torch.float64), kind)
+    assert set(exact) == set(reference)
+    if kind != "zero" and not kind.startswith(("only", "all but")):
+        assert set(actual) == set(exact)
+    for arg, want in exact.items():  # no gradient at all is as good as zeros
+        got = actual.get(arg, torch.zeros_like(reference[arg], dtype=sample.arguments[arg].dtype))
+        assert got.dtype == sample.arguments[arg].dtype, arg
+        assert_close(got, reference[arg], want, f"{case.name}: gradient of {arg}")
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@EACH
+@DTYPES
+@pytest.mark.parametrize("grid", [True, False], ids=["grid", "random"])
+def test_forward(case: Case, name: str, dtype: torch.dtype, grid: bool) -> None:
+    if dtype not in case.dtypes:
+        pytest.skip(f"{case.name} does not take {dtype}")
+    sample = case.sample(name, dtype, grid)
+    before = sample.map(torch.clone)
+    actual, names = case.op(**sample.arguments), case.outputs(sample)
+    reference = case.ref(**sample.arguments)
+    exact = case.ref(**sample.to(torch.float64).arguments)
+    assert len(actual) == len(names)
+    for arg, was in before.arguments.items():
+        if isinstance(was, Tensor):
+            torch.testing.assert_close(sample.arguments[arg], was, rtol=0, atol=0, equal_nan=True, msg=f"{arg} changed")
+    for out, got, want, want64 in zip(names, actual, reference, exact, strict=True):
+        assert got.dtype == want.dtype, out
+        if out in case.discrete and grid:
+            assert torch.equal(got, want), out
+            assert torch.equal(got, want64.to(got.dtype)), f"{out}: the grid is exact in every precision"
+        elif out not in case.discrete:
+            assert_close(got, want, want64, out)
+
+
+@EACH
+@DTYPES
+def test_random_spikes_by_the_band_rule(case: Case, name: str, dtype: torch.dtype) -> None:
+    """Each step from the kernel's own state: flips only within a few ulps, and none where formulas round alike."""
+    if "s" not in case.discrete:
+        pytest.skip("no spikes")
+    sample = case.sample(name, dtype, grid=False)
+    a = {**sample.arguments, "packed": False, "return_h": True, "return_v": True}
+    s, _, h, v = case.op(**a)
+    rest = v.new_full(v.shape[1:], a.get("v_reset", 0.0) or 0.0)
+    starts = torch.cat([a.get("v_init", rest).unsqueeze(0), v[:-1]])
+    flips = 0
+    for t in range(len(s)):
+        s_ref, _, h_ref = case.ref(**{**a, "x": a["x"][t : t + 1], "v_init": starts[t], "return_v": False})
+        flips += assert_spikes_close(s[t], s_ref[0], h_ref[0], a.get("v_threshold", 1.0))
+        assert torch.equal(h[t], h_ref[0])  # one rounding per operation, as in the reference
+    assert flips == 0
+
+
+@EACH
+@DTYPES
+def test_outputs_lie_as_the_fake_says(case: Case, name: str, dtype: torch.dtype) -> None:
+    calls = recorded(case, case.sample(name, dtype))
+    assert [func.overloadpacket._qualified_op_name for func, _, _ in calls] == [
+        f"spikecore::{op}" for op in case.registered
+    ]
+    for func, args, real in calls:
+        with FakeTensorMode() as mode:
+            fake = func(*(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in args))
+        for i, (r, f) in enumerate(zip(real, fake, strict=True)):
+            assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype), (func, i)
+
+
+def recorded(case: Case, sample: Sample) -> list[tuple[Any, tuple, Any]]:
+    """Calls of spikecore operators in forward and backward: (operator, detached arguments, results)."""
+    calls: list[tuple[Any, tuple, Any]] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func.namespace == "spikecore":
+                calls.append((func, tuple(t.detach() if isinstance(t, Tensor) else t for t in args), out))
+            return out
+
+    with Recorder():
+        gradients(case.op, sample)
+    return calls
+
+
+@EACH
+def test_every_output_element_is_written(case: Case, name: str) -> None:
+    """The allocator hands out memory full of NaN bytes; nothing of it may be left in a result."""
+    sample = case.sample(name)
+    reference, want = case.ref(**sample.arguments), gradients(case.ref, sample)
+    sizes = {t.numel() * t.element_size() for t in (*reference, *want.values())} - {0}
+    poisoned: set[int] = set()
+
+    def poison() -> None:
+        blocks = [torch.full((n,), 0xFF, dtype=torch.uint8) for n in sizes for _ in range(24)]
+        poisoned.update(b.data_ptr() for b in blocks)
+
+    hits = 0
+    for _ in range(4):
+        poison()
+        actual = case.op(**sample.arguments)
+        hits += sum(o.data_ptr() in poisoned for o in actual if o.numel())
+        for got, expected in zip(actual, reference, strict=True):
+            assert torch.equal(got, expected)
+        del actual, got, expected
+        poison()
+        for arg, g in gradients(case.op, sample).items():
+            torch.testing.assert_close(g, want[arg], msg=arg)
+    if max(sizes, default=0) > 1024:  # smaller ones come from a pool of recent results
+        assert hits, "the poison did not reach the kernel's memory"
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+@EACH
+@DTYPES
+def test_gradients(case: Case, name: str, dtype: torch.dtype) -> None:
+    check_gradients(case, case.sample(name, dtype, grid=True))
+    check_gradients(case, case.sample(name, dtype, grid=False))
+
+
+@EACH
+def test_upstream_gradients(case: Case, name: str) -> None:
+    sample = case.sample(name)
+    outputs = len(case.outputs(sample))
+    for kind in ("expanded", "transposed", "zero", *(f"{k} {i}" for k in ("only", "all but") for i in range(outputs))):
+        check_gradients(case, sample, kind)
+
+
+@pytest.mark.parametrize("which", [("x",), ("decay",), ("gain",), ("v_init",), ("decay", "v_init")], ids=str)
+def test_gradients_of_some_inputs_only(which: tuple[str, ...]) -> None:
+    case = CASES["lif"]
+    sample = case.sample("PLIF channels, attached, v_init, h, v")
+    full = gradients(case.op, sample)
+    a = {k: v.detach().requires_grad_(k in which) if isinstance(v, Tensor) else v for k, v in sample.arguments.items()}
+    outputs = case.op(**a)
+    got = torch.autograd.grad(outputs, [a[k] for k in which], upstream(outputs, "dense"))
+    for arg, g in zip(which, got, strict=True):
+        assert torch.equal(g, full[arg]), arg
+
+
+@pytest.mark.parametrize("v_reset", [0.0, -0.25, None], ids=["hard", "hard below zero", "soft"])
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=lambda s: type(s).__name__)
+def test_gradcheck_of_the_smoothed_reference(surrogate: Any, v_reset: float | None) -> None:
+    """The backward formula is the true gradient of the smoothed path; the kernels follow the reference elsewhere."""
+    g = torch.Generator().manual_seed(1)
+    x, decay, gain, v = (
+        torch.rand(size, generator=g, dtype=torch.float64).add_(low).requires_grad_()
+        for size, low in (((4, 2, 3), 0.2), ((3,), 0.1), ((), 0.3), ((2, 3), 0.1))
+    )
+
+    def f(x: Tensor, decay: Tensor, gain: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return CASES["lif"].ref(
+            x, decay, gain, v_init=v, v_reset=v_reset, detach_reset=False, surrogate=surrogate,
+            return_h=True, return_v=True, smooth=True,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(f, (x, decay, gain, v))
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=lambda s: type(s).__name__)
+def test_derivative_of_the_primitive(surrogate: Any) -> None:
+    u = (torch.linspace(-3, 3, 241, dtype=torch.float64) + 0.0021).requires_grad_()
+    (g,) = torch.autograd.grad(surrogate.primitive(u).sum(), u)
+    torch.testing.assert_close(g, surrogate(u.detach()))
+
+
+@pytest.mark.parametrize("reset", [{}, {"v_reset": None, "detach_reset": False}], ids=["hard", "soft"])
+@pytest.mark.parametrize("T", [63, 64, 65, 128, 300])
+def test_long_sequences_cross_segments(T: int, reset: dict) -> None:
+    case = CASES["lif"]
+    arguments: dict[str, Any] = {
+        "x": values((T, 2, 3), torch.float32, False, T) * 0.5,
+        "decay": torch.tensor([0.9, 0.5, 0.99]), "gain": torch.tensor(0.4), "v_init": torch.full((2, 3), 0.3),
+        "return_h": True, "return_v": True, **reset,
+    }  # fmt: skip
+    sample = Sample(f"T={T}", arguments)
+    actual, reference = case.op(**arguments), case.ref(**arguments)
+    exact = case.ref(**sample.to(torch.float64).arguments)
+    assert torch.equal(reference[0], exact[0].float()), "seed: a spike differs between float32 and float64"
+    for got, want in zip(actual, reference, strict=True):
+        assert torch.equal(got, want)
+    check_gradients(case, sample)
+
+
+# ---- machine: threads, instruction sets ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parameters", ["scalar", "channels"])
+def test_results_do_not_depend_on_threads(parameters: str, dtype: torch.dtype) -> None:
+    x = values((4, 3, 37, 991), dtype, False)
+    size = () if parameters == "scalar" else (37,)
+    arguments = {"decay": torch.full(size, 0.6), "gain": torch.full(size, 0.7), "return_h": True}
+    sample = Sample("threads", {"x": x, **arguments})
+    results, threads = [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append((*CASES["lif"].op(**sample.arguments), *gradients(CASES["lif"].op, sample).values()))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+_ISA_SCRIPT = """
+import hashlib, json, sys, torch
+import test_ops
+from spikecore import _backend
+from spikecore.testing.cases import CASES
+torch.set_num_threads(1)
+digests = {"isa": _backend._C.isa()}
+for case in CASES.values():
+    for dtype in case.dtypes:
+        for sample in list(case.samples(dtype, False))[::2]:
+            results = dict(zip(case.outputs(sample), case.op(**sample.arguments)))
+            results |= {"g_" + k: g for k, g in test_ops.gradients(case.op, sample).items()}
+            for k, t in results.items():
+                data = t.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+                digests[f"{case.name} {dtype} {sample}: {k}"] = hashlib.sha256(data).hexdigest()
+json.dump(digests, sys.stdout)
+"""
+
+
+def _start(isa: str, script: str = _ISA_SCRIPT) -> subprocess.Popen:
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "SPIKECORE_ISA": isa, "PYTHONPATH": path}
+    pipe = subprocess.PIPE
+    # Not in the clone, whose bare source folder would stand before the installed package.
+    here = tempfile.gettempdir()
+    return subprocess.Popen([sys.executable, "-c", script], env=env, stdout=pipe, stderr=pipe, text=True, cwd=here)
+
+
+@pytest.mark.slow
+def test_every_isa_gives_the_same_bits() -> None:
+    """Spikes, potentials and gradients; the levels share one rounding, so gradients need no rule either."""
+    digests = {}
+    for isa, process in [(isa, _start(isa)) for isa in _backend._C.isas()]:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        digests[isa] = json.loads(out)
+        assert digests[isa].pop("isa") == isa
+    first, *others = digests.values()
+    assert len(first) > 800
+    for isa, other in zip(list(digests)[1:], others, strict=True):
+        assert [k for k in first if first[k] != other.get(k)] == [], isa
+
+
+def test_unknown_isa_is_one_clear_line() -> None:
+    for isa, process in [(isa, _start(isa, "import spikecore")) for isa in ("sse9", "AVX2 ")]:
+        out, err = process.communicate(timeout=300)
+        usable = ", ".join(_backend._C.isas())
+        want = f"ValueError: SPIKECORE_ISA must be one of the instruction sets of this machine ({usable}), got '{isa}'"
+        assert (process.returncode, out, err.strip("\n").splitlines()[-1]) == (1, "", want)
+
+
+# ---- torch: opcheck, compile, dynamic shapes -------------------------------------------------------------------------
+
+
+@EACH_OF_FEW
+@pytest.mark.slow
+def test_opcheck(case: Case, name: str) -> None:
+    (forward, args, outputs), (backward, backward_args, _) = recorded(case, case.sample(name))
+    torch.library.opcheck(backward, backward_args)  # it has no derivative of its own
+    if all(o.is_floating_point() for o in outputs):  # opcheck adds up all outputs, bits (uint8) too
+        args = tuple(t.requires_grad_() if isinstance(t, Tensor) else t for t in args)
+    torch.library.opcheck(forward, args)
+
+
+def _compiled_equals_eager(case: Case, sample: Sample, **options: Any) -> None:
+    torch._dynamo.reset()
+    f = torch.compile(lambda **arguments: case.op(**arguments), fullgraph=True, **options)
+    for got, want in zip(f(**sample.arguments), case.op(**sample.arguments), strict=True):
+        assert torch.equal(got, want)
+        assert got.stride() == want.stride()
+    want_g = gradients(case.op, sample)
+    got_g = gradients(f, sample)
+    assert set(got_g) == set(want_g)
+    assert [k for k in want_g if not torch.equal(got_g[k], want_g[k])] == []
+
+
+@pytest.mark.parametrize(("case", "name"), PAIRS[::3], ids=[f"{c.name}-{n}" for c, n in PAIRS[::3]])
+def test_full_graph_compile(case: Case, name: str) -> None:
+    _compiled_equals_eager(case, case.sample(name), backend="aot_eager", dynamic=False)
+
+
+@EACH_OF_FEW
+def test_full_graph_compile_with_symbolic_sizes(case: Case, name: str) -> None:
+    _compiled_equals_eager(case, case.sample(name), backend="aot_eager", dynamic=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["PLIF channels, attached, v_init, h, v", "channels-last"])
+def test_inductor(name: str) -> None:
+    _compiled_equals_eager(CASES["lif"], CASES["lif"].sample(name), backend="inductor")
+
+
+def test_one_dynamic_graph_serves_all_sizes() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    f = torch.compile(lambda x, d: CASES["lif"].op(x, d, channel_dim=1), fullgraph=True, backend="aot_eager")
+    graphs = torch._dynamo.utils.counters["stats"]
+    for T, N in ((3, 5), (4, 7), (9, 513), (33, 11)):
+        x, d = values((T, N), torch.float32, True), torch.full((N,), 0.5)
+        assert torch.equal(f(x, d)[0], CASES["lif"].op(x, d, channel_dim=1)[0])
+    assert graphs["unique_graphs"] == 2  # the first sizes, then symbolic ones
+
+
+# ---- the rules themselves --------------------------------------------------------------------------------------------
+
+
+def test_bytes_moved() -> None:
+    """Float32 forward reads x and writes s (and the last potential); backward reads x and g_s, writes g_x."""
+    x = torch.zeros(4, 1000)
+    assert CASES["lif"].bytes_moved(Sample("", {"x": x})) == (2 * 16000 + 4000, 3 * 16000)
+    assert CASES["lif"].bytes_moved(Sample("", {"x": x.bfloat16(), "packed": True})) == (8000 + 1000 + 4000, 16000)
+
+
+def test_assert_close_refuses() -> None:
+    exact = torch.linspace(0.1, 3, 50, dtype=torch.float64)
+    assert_close(exact.float(), exact.float(), exact)
+    for wrong in (
+        exact.float() * (1 + 1e-6),
+        exact.float().index_fill(0, torch.tensor(3), math.nan),
+        exact.float()[1:],
+    ):
+        with pytest.raises(AssertionError):
+            assert_close(wrong, exact.float(), exact)
+
+
+def test_assert_spikes_close_refuses() -> None:
+    h = torch.tensor([0.5, 1.0, 1 + 1e-7, 2.0])
+    s = (h >= 1).float()
+    assert assert_spikes_close(s, s, h, 1.0) == 0
+    assert assert_spikes_close(torch.tensor([0.0, 0, 1, 1]), s, h, 1.0) == 1
+    with pytest.raises(AssertionError, match="outside the band"):
+        assert_spikes_close(torch.tensor([1.0, 1, 1, 1]), s, h, 1.0)
