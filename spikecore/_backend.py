@@ -58,7 +58,8 @@ def _attach() -> tuple[str | None, str]:
         return "cuda", "compiled CUDA kernels"
     triton = _triton_obstacle()
     if triton is None:
-        importlib.import_module("spikecore.triton.lif").register()
+        for op in _C.ops.split():
+            importlib.import_module(f"spikecore.triton.{op}").register()
         return "triton", f"Triton kernels, because of the CUDA kernels: {cuda}"
     return None, f"CUDA kernels: {cuda}; Triton: {triton}"
 
@@ -70,8 +71,9 @@ def _attach_refusal(reason: str) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError(f"spikecore: no GPU kernels are live here ({reason}); see `spikecore doctor`")
 
-    for op in ("lif_fwd", "lif_bwd"):
-        library.impl(op, refuse, "CUDA")
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("spikecore::"):
+            library.impl(name.removeprefix("spikecore::"), refuse, "CUDA")
     _keep.append(library)
 
 

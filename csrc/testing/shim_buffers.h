@@ -1,8 +1,13 @@
-// Tells the host shim which memory a launch may touch; one function per params struct.
+// Tells the host shim which memory a launch may touch: one function per params struct, in <op>_buffers.cpp.
 #pragma once
 #include "lif/lif.h"
 
 namespace spk {
+
+inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f64 ? 8 : 2; }
+
+// `count` elements of `size` bytes at `data`; null: not wanted.
+void shim_buffer(const void* data, int64_t count, int64_t size, const char* name, bool read_only);
 
 void shim_buffers(const LifFwd& p);
 void shim_buffers(const LifBwd& p);

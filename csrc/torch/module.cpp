@@ -12,8 +12,10 @@
 #ifdef SPK_CUDA
 #include <cuda_runtime_api.h>
 namespace spk {
-void register_lif_cuda(torch::stable::detail::StableLibrary&);
-}
+#define X(op) void register_##op##_cuda(torch::stable::detail::StableLibrary&);
+SPK_EACH_OP  // X(lif) and so on, from CMakeLists.txt
+#undef X
+}  // namespace spk
 #endif
 
 namespace {
@@ -31,7 +33,9 @@ void register_cuda() {
   using torch::stable::detail::StableLibrary;
   static StableLibrary library(StableLibrary::Kind::IMPL, "spikecore", "CUDA", __FILE__, __LINE__);
   static const bool once = [] {
-    spk::register_lif_cuda(library);
+#define X(op) spk::register_##op##_cuda(library);
+    SPK_EACH_OP
+#undef X
     return true;
   }();
   (void)once;
@@ -57,6 +61,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isas", &isas, "The instruction sets this machine can run, best last.");
   m.def("register_cuda", &register_cuda, "Attach the compiled CUDA kernels to torch's CUDA dispatch key.");
   m.def("cuda_driver", &cuda_driver, "The newest CUDA the installed driver speaks, or an empty string.");
+#define X(op) #op " "
+  m.attr("ops") = SPK_EACH_OP;  // "lif ..."
+#undef X
   m.attr("cuda_archs") = SPK_CUDA_ARCHS;      // "80 90 100", or empty
   m.attr("cuda_version") = SPK_CUDA_VERSION;  // of the compiler, "13.0", or empty
   m.attr("build_torch") = SPK_BUILD_TORCH;    // torch whose headers it was built with

@@ -1,29 +1,29 @@
 """Parity with published code: the cases beside this file, and those of any folder (``pytest --golden=DIR``)."""
 
+import importlib
 import os
 import pathlib
 
 import pytest
 import torch
-from backends import lif_through
-from golden import (
-    harness,
-    neurons,  # noqa: F401  (registers its runners)
-)
+from backends import through
+from golden import harness, kinds  # noqa: F401  (registers the runners)
 
 HERE = pathlib.Path(__file__).parent / "cases"
 
-if os.environ.get("TRITON_INTERPRET") == "1":  # run by gpuless/test_lif_triton.py
+OPS = [op for op in harness.backends if op]
+if os.environ.get("TRITON_INTERPRET") == "1":  # run by gpuless/test_golden_triton.py
     from gpuless import interp_guard
 
     interp_guard.install()
-    from spikecore.triton import lif as triton_lif
-
-    harness.backends["lif"] = {"triton": lif_through(triton_lif.lif_fwd, triton_lif.lif_bwd)}
+    for op in OPS:
+        launchers = importlib.import_module(f"spikecore.triton.{op}")
+        harness.backends[op] = {"triton": through(op, launchers)}
 else:
-    from gpuless import lif_on_shim
+    from gpuless.ops_on_shim import on_shim
 
-    harness.backends["lif"]["shim"] = lif_on_shim.lif  # built at its first call
+    for op in OPS:
+        harness.backends[op]["shim"] = on_shim(op)  # built at its first call
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

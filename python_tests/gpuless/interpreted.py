@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,3 +37,10 @@ def run_interpreted(path: Path, *options: str) -> str:
         pytest.skip(done.stdout.strip().splitlines()[-2])
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def passed(output: str) -> int:
+    """How many tests a run's output says have passed."""
+    found = re.search(r"(\d+) passed", output)
+    assert found, output
+    return int(found[1])

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import assert_same, lif_samples, lif_through
+from backends import assert_same, through
 from gpuless import interp_guard
+from gpuless.lif_backends import lif_samples
 
 interp_guard.install()
 
 from spikecore.testing.cases import Sample, values  # noqa: E402
 from spikecore.triton import lif as module  # noqa: E402
 
-LIF = lif_through(module.lif_fwd, module.lif_bwd)
+LIF = through("lif", module)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -24,14 +25,14 @@ def test_lif_is_the_cpu_kernel(dtype):
     """Half precision, which differs in loads and stores alone, over every fourth sample."""
     samples = lif_samples(dtype, (1, 9, 17))
     for sample in samples if dtype == torch.float32 else samples[::4]:
-        assert_same(LIF, sample)
+        assert_same("lif", LIF, sample)
 
 
 def test_a_difference_is_seen():
     sample = Sample("strict", {"x": torch.ones(2, 8), "decay": 1.0, "gain": 1.0})
-    assert_same(LIF, sample)
+    assert_same("lif", LIF, sample)
     with pytest.raises(AssertionError, match="16 of 16 differ in s"):
-        assert_same(lambda **a: LIF(**a, v_threshold=2.5), sample)
+        assert_same("lif", lambda **a: LIF(**a, v_threshold=2.5), sample)
 
 
 def test_offsets_pass_32_bits(monkeypatch):
@@ -47,7 +48,7 @@ def test_offsets_pass_32_bits(monkeypatch):
     except RuntimeError:
         pytest.skip("no address space for 4 GiB")
     x = storage.as_strided((3, 16), (step, 1)).copy_(values((3, 16), torch.float16, True))
-    assert_same(LIF, Sample("far apart", {"x": x}))
+    assert_same("lif", LIF, Sample("far apart", {"x": x}))
 
 
 # ---- planted defects
@@ -95,5 +96,5 @@ def test_a_planted_defect_is_found(tmp_path, defect):
     spec.loader.exec_module(planted)
     sample = Sample(defect, {"x": torch.randn(9, 1000)})
     with pytest.raises(Exception, match=message):
-        assert_same(lif_through(planted.lif_fwd, planted.lif_bwd), sample)
-    assert_same(LIF, sample)
+        assert_same("lif", through("lif", planted), sample)
+    assert_same("lif", LIF, sample)

@@ -5,14 +5,16 @@ import re
 
 import pytest
 import torch
-from backends import assert_same, lif_samples
-from gpuless import lif_on_shim
+from backends import assert_same
+from gpuless import lif_on_shim, ops_on_shim
+from gpuless.lif_backends import lif_samples
 from gpuless.lif_on_shim import LifBwd, LifFwd, LifReduce, parameters
 from gpuless.shim import Shim, build
 
 from spikecore.ops import lif
 from spikecore.testing.cases import Sample, values
 
+LIF = ops_on_shim.on_shim("lif")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -22,23 +24,23 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.mark.slow
 @pytest.mark.parametrize("order", [0, 1, 7], ids=["natural", "reversed", "random"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_lif_is_the_cpu_kernel(lif_library, dtype, order):
+def test_lif_is_the_cpu_kernel(shim_library, dtype, order):
     """Outputs and gradients without tolerance, no fault of any thread; `order` is that of threads and blocks."""
-    lif_on_shim.set_order(lif_library, order)
+    ops_on_shim.set_order(shim_library, order)
     try:
         for sample in lif_samples(dtype, (1, 4, 9, 50, 100) if order == 0 else (50,)):
-            assert_same(lif_on_shim.lif, sample)
+            assert_same("lif", LIF, sample)
     finally:
-        lif_on_shim.set_order(lif_library, 0)
+        ops_on_shim.set_order(shim_library, 0)
 
 
-def test_a_difference_is_seen(lif_library):
+def test_a_difference_is_seen(shim_library):
     sample = Sample("strict", {"x": torch.ones(2, 8), "decay": 1.0, "gain": 1.0})
-    assert_same(lif_on_shim.lif, sample)
+    assert_same("lif", LIF, sample)
     with pytest.raises(AssertionError, match="16 of 16 differ in s"):
-        assert_same(lambda **a: lif_on_shim.lif(**a, v_threshold=2.5), sample)
+        assert_same("lif", lambda **a: LIF(**a, v_threshold=2.5), sample)
     with pytest.raises(AssertionError, match="differ in grad x"):
-        assert_same(lambda **a: lif(**a | {"x": a["x"] + 0.25}), sample)
+        assert_same("lif", lambda **a: lif(**a | {"x": a["x"] + 0.25}), sample)
 
 
 # ---- memory accesses

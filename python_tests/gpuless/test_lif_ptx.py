@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 import torch
-from backends import triton_lif_facts
 from gpuless import aot, lif_on_shim, ptxvm
+from gpuless.lif_backends import triton_facts
 from gpuless.lif_on_shim import Constants, LifBwd, LifFwd, LifNeuron, parameters
 from gpuless.shim import CSRC
 
@@ -123,7 +123,7 @@ def test_triton_forward(dtype, packed):
     x, decay, gain, v_init = tensors(dtype)
     s, v_last, h, _ = cpu_forward(x, decay, gain, v_init, packed)
     out = dict(zip(("s", "v_last", "h"), poisoned(s, v_last, h), strict=True))
-    facts = triton_lif_facts("fwd", dtype, 80, H=True, PACKED=packed)
+    facts = triton_facts("fwd", dtype, 80, H=True, PACKED=packed)
     constants = [T, N, N, N, 1, 0.0, 0.0, REST, THRESHOLD, THRESHOLD]
     args = [x, decay, gain, v_init, *out.values(), *constants]
     ptxvm.launch(ptxvm.Kernel(facts.ptx, "lif_fwd_kernel"), 2, 128, args, shared=facts.shared)
@@ -140,7 +140,7 @@ def test_triton_backward(dtype):
     want = dict(zip(names, cpu_backward(g_s, g_v_last, x, decay, gain, v_init), strict=True))
     out = dict(zip(names, poisoned(*want.values()), strict=True))
     starts = torch.full(((T - 1) // triton_lif().SEGMENT, N), torch.nan)
-    facts = triton_lif_facts("bwd", dtype, 80)
+    facts = triton_facts("bwd", dtype, 80)
     constants = [T, N, N, N, 1, 0.0, 0.0, THRESHOLD, REST, THRESHOLD, THRESHOLD, 2.0, 0.0]
     args = [g_s, g_v_last, x, decay, gain, v_init, *out.values(), starts, *constants]
     ptxvm.launch(ptxvm.Kernel(facts.ptx, "lif_bwd_kernel"), 2, 128, args, shared=facts.shared)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends import triton_lif_facts
 from gpuless import aot
-from gpuless.interpreted import PYTHON_TESTS, run_interpreted
+from gpuless.interpreted import passed, run_interpreted
+from gpuless.lif_backends import triton_facts
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -36,7 +36,7 @@ def check(facts, direction, dtype=torch.float32):
 @ARCHS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compiled_forward(dtype, arch, request, capsys):
-    facts = triton_lif_facts("fwd", dtype, arch)
+    facts = triton_facts("fwd", dtype, arch)
     if request.config.getoption("capture") == "no":
         show(capsys, "forward", dtype, facts)
     check(facts, "fwd", dtype)
@@ -47,7 +47,7 @@ def test_compiled_forward(dtype, arch, request, capsys):
 @ARCHS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compiled_backward(dtype, arch, request, capsys):
-    facts = triton_lif_facts("bwd", dtype, arch)
+    facts = triton_facts("bwd", dtype, arch)
     if request.config.getoption("capture") == "no":
         show(capsys, "backward", dtype, facts)
     check(facts, "bwd", dtype)
@@ -57,48 +57,25 @@ def test_compiled_backward(dtype, arch, request, capsys):
     "changes", [{"H": True, "V": True}, {"PACKED": True}, {"HARD": False, "PER_CHANNEL": False}], ids=str
 )
 def test_compiled_variants(changes):
-    check(triton_lif_facts("fwd", torch.float32, 80, **changes), "fwd")
+    check(triton_facts("fwd", torch.float32, 80, **changes), "fwd")
 
 
 @pytest.mark.parametrize("kind", range(1, 7))
 def test_every_surrogate_compiles(kind):
-    check(triton_lif_facts("bwd", torch.float32, 90, KIND=kind, DETACH=False, HARD=False), "bwd")
+    check(triton_facts("bwd", torch.float32, 90, KIND=kind, DETACH=False, HARD=False), "bwd")
 
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_rows_not_divisible_by_16_compile(direction):
     """They lose the 128-bit accesses, nothing else."""
-    facts = triton_lif_facts(direction, torch.float16, 80, aligned=False)
+    facts = triton_facts(direction, torch.float16, 80, aligned=False)
     assert (facts.spills, facts.stack, facts.local) == (0, 0, 0)
-    assert facts.ldg128 < triton_lif_facts(direction, torch.float16, 80).ldg128
+    assert facts.ldg128 < triton_facts(direction, torch.float16, 80).ldg128
 
 
 # ---- interpreted
 
 
-def passed(output: str) -> int:
-    found = re.search(r"(\d+) passed", output)
-    assert found, output
-    return int(found[1])
-
-
 @pytest.mark.slow
 def test_interpreted():
     assert passed(run_interpreted(Path(__file__).with_name("interpreted_lif.py"))) >= 7
-
-
-@pytest.mark.slow
-def test_golden_cases_interpreted(request):
-    """The kept cases and those of --golden, with the neuron in Triton: one line of the parity table each."""
-    from golden import harness, neurons  # noqa: F401  (registers its runners)
-
-    folder = request.config.getoption("--golden")
-    kept = PYTHON_TESTS / "golden/cases"
-    cases = [c for f in (kept, folder) if f for c in harness.load(f) if c.runner and c.runner[1] == "lif"]
-    options = [f"--golden={folder.resolve()}"] if folder else []
-    output = run_interpreted(PYTHON_TESTS / "golden/test_golden.py", "-k", "test_parity and triton", *options)
-    assert passed(output) == len(cases)
-    rows = re.findall(r"^(\S+) +triton .*?(ok|FAILED|differs \(not a target\))$", output, re.M)
-    assert sorted(name for name, _ in rows) == sorted(c.name for c in cases)
-    targets = {c.name for c in cases if c.target}
-    assert {verdict for name, verdict in rows if name in targets} == {"ok"}

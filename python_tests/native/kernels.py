@@ -45,12 +45,16 @@ def run(command: Sequence[str | Path], **options) -> str:
 
 
 def compile_isas(
-    folder: Path, names: Sequence[str], compiler: str, extra: Sequence[str] = (), dispatch: bool = True
-) -> dict[str, list[Path]]:
-    """{isa: its objects} in `folder`; a warning fails. The first gets the dispatch functions, which need all others."""
+    folder: Path, names: Sequence[str], compiler: str, extra: Sequence[str] = (), *, dispatch: bool = True,
+    ops: Sequence[str] = (),
+) -> dict[str, list[Path]]:  # fmt: skip
+    """{isa: its objects} in `folder`, of all operators or `ops`; a warning fails.
+
+    The first gets the dispatch functions, which need all others.
+    """
     jobs = {}
     for name in names:
-        for op in cmake_list("ops"):
+        for op in ops or cmake_list("ops"):
             target = folder / f"{op}_{name}.o"
             flags = [*cmake_list("cpu_flags"), *cmake_list(f"flags_{name}"), f"-DSPK_ISA={name}", *extra]
             if dispatch and name == names[0]:
@@ -64,12 +68,12 @@ def compile_isas(
     return {name: [target for isa, target in jobs if isa == name] for name in names}
 
 
-def link_check(folder: Path, objects: dict[str, list[Path]], compiler: str, extra: Sequence[str] = ()) -> Path:
-    """lif_check.cpp with these kernels, as a program."""
-    program = folder / "lif_check"
+def link_check(op: str, folder: Path, objects: dict[str, list[Path]], compiler: str, extra: Sequence[str] = ()) -> Path:
+    """<op>_check.cpp with these kernels, as a program."""
+    program = folder / f"{op}_check"
     run([
         compiler, "-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}", *extra,
-        Path(__file__).with_name("lif_check.cpp"), CSRC / "core/isa.cpp", *itertools.chain(*objects.values()),
+        Path(__file__).with_name(f"{op}_check.cpp"), CSRC / "core/isa.cpp", *itertools.chain(*objects.values()),
         "-o", program,
     ])  # fmt: skip
     return program

@@ -10,53 +10,57 @@ pytestmark = pytest.mark.slow
 
 SANITIZERS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ARM = "aarch64-linux-gnu-g++"
+QUICK = {"lif": "196"}  # random problems, where every instruction is slow
+EACH = pytest.mark.parametrize("op", QUICK)
 
 
-def test_kernels_agree_with_plain_loops(tmp_path, tmp_path_factory):
-    program = kernels.link_check(tmp_path, kernels.release_objects(tmp_path_factory), kernels.require("g++", "g++"))
+@EACH
+def test_kernels_agree_with_plain_loops(op, tmp_path, tmp_path_factory):
+    program = kernels.link_check(op, tmp_path, kernels.release_objects(tmp_path_factory), kernels.require("g++", "g++"))
     assert "0 failures" in kernels.run([program])
 
 
-def test_kernels_under_asan_and_ubsan(tmp_path):
+@EACH
+def test_kernels_under_asan_and_ubsan(op, tmp_path):
     compiler = kernels.require("g++", "g++")
-    objects = kernels.compile_isas(tmp_path, kernels.isas(), compiler, SANITIZERS)
-    program = kernels.link_check(tmp_path, objects, compiler, SANITIZERS)
-    assert "0 failures" in kernels.run([program, "196"])
+    objects = kernels.compile_isas(tmp_path, kernels.isas(), compiler, SANITIZERS, ops=[op])
+    program = kernels.link_check(op, tmp_path, objects, compiler, SANITIZERS)
+    assert "0 failures" in kernels.run([program, QUICK[op]])
 
 
 # Without its teeth the check above would pass for ever: each of these is a mistake it must see.
 @pytest.mark.parametrize(
-    ("right", "wrong", "complaint"),
+    ("op", "right", "wrong", "complaint"),
     [
-        ("= hi >= c.fire_at", "= hi > c.fire_at", ": s["),
-        ("out[i] = value;", "out[i] = values ? values[0] : value;", "channels="),
-        ("g_x[i] = gain[i] * gi;", "g_x[i] = gain[i] * sg;", ": g_x["),
-        ("i < n; ++i) d[i] += s[i];", "i < n + 1; ++i) d[i] += s[i];", "AddressSanitizer"),
+        ("lif", "= hi >= c.fire_at", "= hi > c.fire_at", ": s["),
+        ("lif", "out[i] = value;", "out[i] = values ? values[0] : value;", "channels="),
+        ("lif", "g_x[i] = gain[i] * gi;", "g_x[i] = gain[i] * sg;", ": g_x["),
+        ("lif", "i < n; ++i) d[i] += s[i];", "i < n + 1; ++i) d[i] += s[i];", "AddressSanitizer"),
     ],
 )
-def test_check_finds_mistakes(tmp_path, monkeypatch, right, wrong, complaint):
+def test_check_finds_mistakes(op, tmp_path, monkeypatch, right, wrong, complaint):
     compiler = kernels.require("g++", "g++")
     sources = shutil.copytree(kernels.CSRC, tmp_path / "csrc")
-    kernel = sources / "lif/lif_cpu.cpp"
+    kernel = sources / op / f"{op}_cpu.cpp"
     text = kernel.read_text()
     assert right in text, "the kernel has changed: plant another mistake"
     kernel.write_text(text.replace(right, wrong))
     monkeypatch.setattr(kernels, "CSRC", sources)
     flags = [*SANITIZERS, "-O0"]
     isa = kernels.isas()[0]
-    objects = kernels.compile_isas(tmp_path, [isa], compiler, flags, dispatch=False)
-    program = kernels.link_check(tmp_path, objects, compiler, [*flags, f"-DLIF_CHECK_ONLY={isa}"])
+    objects = kernels.compile_isas(tmp_path, [isa], compiler, flags, dispatch=False, ops=[op])
+    program = kernels.link_check(op, tmp_path, objects, compiler, [*flags, f"-DSPK_CHECK_ONLY={isa}"])
     done = subprocess.run([program, "56"], capture_output=True, text=True)
     assert done.returncode != 0
     assert complaint in done.stdout + done.stderr
 
 
-def test_aarch64_compiles_without_warning_and_runs(tmp_path):
+@EACH
+def test_aarch64_compiles_without_warning_and_runs(op, tmp_path):
     compiler = kernels.require(ARM, "g++-aarch64-linux-gnu")
-    program = kernels.link_check(
-        tmp_path, kernels.compile_isas(tmp_path, kernels.isas("aarch64"), compiler), compiler, ["-static"]
-    )
+    objects = kernels.compile_isas(tmp_path, kernels.isas("aarch64"), compiler, ops=[op])
+    program = kernels.link_check(op, tmp_path, objects, compiler, ["-static"])
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if not emulator:
         pytest.skip("compiled for aarch64 without warnings, but not run: no qemu-aarch64 (Debian: qemu-user)")
-    assert "neon: 0 failures" in kernels.run([emulator, program, "84"])
+    assert "neon: 0 failures" in kernels.run([emulator, program, QUICK[op]])

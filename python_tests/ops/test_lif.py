@@ -413,7 +413,7 @@ def test_bad_constant(error: type, line: str, arguments: dict) -> None:
 @pytest.mark.parametrize("value", [0.0, -1.0, INF, NAN])
 @pytest.mark.parametrize("family", [ATan, Sigmoid, Rectangle, Triangle, FastSigmoid, Erf, LeakyReLU])
 def test_bad_surrogate_parameter(family: type[Surrogate], value: float) -> None:
-    name = dataclasses.fields(family)[0].name
+    name = next(f.name for f in dataclasses.fields(family) if f.init)
     line = f"{family.__name__}: {name} must be a positive finite number, got {value}"
     assert refusal(lambda: family(value)) == (ValueError, line)
 

@@ -13,15 +13,17 @@ Neftci et al. 2019 for surrogate gradients).
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from spikecore import _backend  # noqa: F401  (defines torch.ops.spikecore.lif_*)
 from spikecore.surrogate import ATan, Surrogate
 
-__all__ = ["check_reset", "lif", "lif_ref", "pack_spikes", "unpack_spikes"]
+__all__ = ["LIFParams", "check_reset", "lif", "lif_ref", "pack_spikes", "unpack_spikes"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -89,6 +91,30 @@ def lif(
         surrogate.kind, a, b, channel_dim, return_h, return_v, packed,
     )  # fmt: skip
     return (s, v_last, *([h] if return_h else []), *([v] if return_v else []))
+
+
+@dataclass(frozen=True)
+class LIFParams:
+    """The neuron inside another operator: `lif`'s arguments of the same names and defaults.
+
+    ``decay`` and ``gain``: numbers, 0-d tensors, or one per head, ``[H]``.
+    """
+
+    decay: float | Tensor = 0.5
+    gain: float | Tensor = 0.5
+    v_threshold: float = 1.0
+    v_reset: float | None = 0.0
+    reset_by: float | None = None
+    strict: bool = False
+    detach_reset: bool = True
+    surrogate: Surrogate = ATan(2.0)
+
+    def __post_init__(self) -> None:
+        check_reset("LIFParams", self.v_threshold, self.v_reset, self.reset_by)
+
+
+# The tensors in it are seen by torch's transforms.
+pytree.register_dataclass(LIFParams)
 
 
 def lif_ref(

@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spikecore._backend import backend_info
 
 __all__ = [
-    "Problem", "Timing", "bench", "bytes_kept", "bytes_moved", "bytes_peak", "machine", "machine_line", "steady_memory",
+    "Problem", "Scaling", "Timing", "bench", "bytes_kept", "bytes_moved", "bytes_peak", "machine", "machine_line",
+    "steady_memory",
 ]  # fmt: skip
 
 
@@ -66,6 +67,16 @@ class Problem:
     trained: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     bars: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    kept: int = 0  # bytes that ours may keep for backward beside inputs and result
+
+
+@dataclass
+class Scaling:
+    """One plot of a bench: how time and peak memory grow along `axis`; `problems`: a Problem for each of its values."""
+
+    name: str
+    axis: str
+    problems: dict[int, Problem]
 
 
 def bench(

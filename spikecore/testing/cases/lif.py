@@ -1,146 +1,17 @@
-"""One `Case` per operator: the samples that tests sweep over, the reference they are held against, and the bytes that
-must move, for benches. A new operator adds a Case; the sweep (python_tests/test_ops.py) then does the rest.
-"""
+"""The samples of `lif`: every neuron, reset, surrogate, layout and size."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from spikecore.ops.lif import lif, lif_ref
 from spikecore.surrogate import ATan, Erf, FastSigmoid, LeakyReLU, Rectangle, Sigmoid, Surrogate, Triangle
-
-__all__ = ["CASES", "LAYOUTS", "SURROGATES", "Case", "Sample", "values"]
+from spikecore.testing.cases._case import LAYOUTS, Case, Sample, values
 
 SURROGATES: tuple[Surrogate, ...] = (
     ATan(2.0), Sigmoid(4.0), Rectangle(1.0), Triangle(1.0), FastSigmoid(25.0), Erf(2.0), LeakyReLU(1.0, 0.125),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One call: its name and its arguments by name. Nothing in it requires a gradient."""
-
-    name: str
-    arguments: dict[str, Any]
-
-    def __str__(self) -> str:
-        return self.name
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> "Sample":
-        """The same call with `f` applied to each tensor."""
-        return replace(self, arguments={k: f(v) if isinstance(v, Tensor) else v for k, v in self.arguments.items()})
-
-    def to(self, dtype: torch.dtype) -> "Sample":
-        """All of it in one dtype, as a reference of another precision takes it."""
-        return self.map(lambda t: t.to(dtype))
-
-    def leaves(self) -> tuple["Sample", dict[str, Tensor]]:
-        """The same call on tensors that require gradients (strides kept), and these by name."""
-        sample = self.map(lambda t: t.detach().requires_grad_(t.is_floating_point()))
-        return sample, {k: v for k, v in sample.arguments.items() if isinstance(v, Tensor) and v.requires_grad}
-
-
-@dataclass(frozen=True)
-class Case:
-    """An operator as tests and benches see it.
-
-    - `samples(dtype, grid)`: calls over the whole contract; `grid=True`: all inputs on a grid (x: multiples of 1/64,
-      parameters dyadic), so that sums and spikes are exact in every precision.
-    - `outputs(sample)`: names, in order, of what a call returns; `discrete`: those that are spikes, held to each bit.
-    - `bytes_moved(sample)`: bytes that forward and backward must read and write at least.
-    """
-
-    name: str
-    op: Callable[..., tuple[Tensor, ...]]
-    ref: Callable[..., tuple[Tensor, ...]]
-    registered: tuple[str, ...]  # in torch.ops.spikecore
-    dtypes: tuple[torch.dtype, ...]
-    samples: Callable[[torch.dtype, bool], Iterator[Sample]]
-    outputs: Callable[[Sample], tuple[str, ...]]
-    discrete: frozenset[str]
-    bytes_moved: Callable[[Sample], tuple[int, int]]
-
-    def sample(self, name: str, dtype: torch.dtype = torch.float32, grid: bool = True) -> Sample:
-        return _by_name(self, dtype, grid)[name]
-
-    def names(self) -> list[str]:
-        return list(_by_name(self, torch.float32, True))
-
-
-@cache
-def _by_name(case: Case, dtype: torch.dtype, grid: bool) -> dict[str, Sample]:
-    return {s.name: s for s in case.samples(dtype, grid)}
-
-
-def values(shape: tuple[int, ...], dtype: torch.dtype, grid: bool, seed: int = 0) -> Tensor:
-    """Currents that make about a third of the neurons fire: multiples of 1/64 in [-1, 3), or normal numbers.
-
-    Both are exact in float32, so that every precision sees the same numbers (half precision: after rounding).
-    """
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randint(-64, 192, shape, generator=g) / 64 if grid else torch.randn(shape, generator=g) + 0.75
-    return x.to(dtype)
-
-
-# ---- memory layouts: x contiguous -> the same numbers lying otherwise ------------------------------------------------
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """Slices [B, C, ...] with channels innermost."""
-    return x.movedim(2, -1).contiguous().movedim(-1, 2)
-
-
-def _slice_of_time(x: Tensor) -> Tensor:
-    """Every other slice of a sequence twice as long."""
-    return torch.stack([x, torch.full_like(x, torch.nan)], 1).flatten(0, 1)[::2]
-
-
-def _expanded(x: Tensor) -> Tensor:
-    """One slice seen T times."""
-    return x[:1].expand_as(x)
-
-
-def _batch_first(x: Tensor) -> Tensor:
-    """A view of [B, T, ...]: its slices have gaps."""
-    return x.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-def _every_other_channel(x: Tensor) -> Tensor:
-    return torch.stack([x, torch.full_like(x, torch.nan)], 3).flatten(2, 3)[:, :, ::2]
-
-
-def _reversed_dims(x: Tensor) -> Tensor:
-    """Dense slices, dimensions in reverse order; time outermost."""
-    return x.permute(0, *range(x.dim() - 1, 0, -1)).contiguous().permute(0, *range(x.dim() - 1, 0, -1))
-
-
-def _time_innermost(x: Tensor) -> Tensor:
-    return x.movedim(0, -1).contiguous().movedim(-1, 0)
-
-
-def _unaligned(x: Tensor) -> Tensor:
-    """Contiguous, but one element off any alignment."""
-    return torch.cat([x.new_full((1,), torch.nan), x.flatten()])[1:].view_as(x)
-
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
-    "channels-last": _channels_last,
-    "slice of T": _slice_of_time,
-    "expanded T": _expanded,
-    "batch first": _batch_first,
-    "every other channel": _every_other_channel,
-    "reversed dims": _reversed_dims,
-    "time innermost": _time_innermost,
-    "unaligned": _unaligned,
-}
-
-
-# ---- lif -------------------------------------------------------------------------------------------------------------
 
 _NEURONS: dict[str, dict[str, Any]] = {
     "IF": {"decay": 1.0, "gain": 1.0},
@@ -231,16 +102,33 @@ def _lif_bytes(sample: Sample) -> tuple[int, int]:
     return x_bytes + spikes + sequences + ends, x_bytes * (2 if a.get("packed") else 3) + sequences
 
 
-CASES: dict[str, Case] = {
-    "lif": Case(
-        name="lif",
-        op=lif,
-        ref=lif_ref,
-        registered=("lif_fwd", "lif_bwd"),
-        dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-        samples=_lif_samples,
-        outputs=_lif_outputs,
-        discrete=frozenset({"s"}),
-        bytes_moved=_lif_bytes,
-    )
-}
+def _lif_large(dtype: torch.dtype) -> Iterator[Sample]:
+    for size in ((), (37,)):
+        parameters = {"decay": torch.full(size, 0.6), "gain": torch.full(size, 0.7)}
+        x = values((4, 3, 37, 991), dtype, False)
+        yield Sample(f"parameters {list(size)}", {"x": x, **parameters, "return_h": True})
+
+
+CASE = Case(
+    name="lif",
+    op=lif,
+    ref=lif_ref,
+    registered=("lif_fwd", "lif_bwd"),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    samples=_lif_samples,
+    outputs=_lif_outputs,
+    discrete=frozenset({"s"}),
+    bytes_moved=_lif_bytes,
+    few=(
+        "PLIF channels, attached, v_init, h, v",
+        "LIF, soft, attached",
+        "mem_update",
+        "channels-last",
+        "batch first",
+        "expanded T, packed",
+        "channel_dim -1",
+        "T=1",
+        "empty [4, 0, 6, 3]",
+    ),
+    large=_lif_large,
+)

@@ -1,0 +1,5 @@
+"""Everything that runs cases: importing this registers all runners and the operators' backends."""
+
+from golden import (
+    neurons,  # noqa: F401
+)
