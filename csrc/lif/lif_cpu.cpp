@@ -18,6 +18,7 @@ namespace {
 
 constexpr int64_t kStreamBytes = 8 << 20;  // output sequences from this size on bypass the caches
 constexpr int kTile = 32;                  // neurons between two bursts of streamed stores: loads go on meanwhile
+constexpr int kBackTile = 128;             // the same in backward, whose loop is longer
 constexpr int kUnroll = 4;                 // time steps that a row loop carries through registers
 constexpr int kSegment = 64;               // time steps whose potentials backward holds at once
 
@@ -82,7 +83,43 @@ SPK_NOINLINE void pack_row(uint8_t* __restrict__ bits, const A* __restrict__ s, 
     for (int i = 0; i < n; ++i) bits[i] |= s[i] != 0 ? one : 0;
 }
 
-// g_v comes in as the gradient of v[t] and goes out as that of v[t-1]; g is left holding that of h[t].
+// Back through kUnroll time steps at once, h recomputed from the potentials `start`: nothing but x, g_s and g_x is moved.
+// g_v comes in as the gradient of the last v and goes out as that of `start`.
+template <bool HARD, bool DETACH, Surrogate K, class A>
+SPK_NOINLINE void steps_back(const A* const* x, const A* start, const A* const* g_s, A* g_v, A* const* g_x, const A* decay,
+                             const A* gain, const Neuron<A> c, A a, A b, int n) {
+  const A *xr[kUnroll], *gs[kUnroll];
+  A* gx[kUnroll];
+  for (int r = 0; r < kUnroll; ++r) {
+    xr[r] = x[r];
+    gs[r] = g_s[r];
+    gx[r] = g_x[r];
+  }
+#pragma GCC ivdep
+  for (int i = 0; i < n; ++i) {
+    A v = start[i], g = g_v[i], h[kUnroll], gi[kUnroll];
+    const A di = decay[i], ga = gain[i];
+    for (int r = 0; r < kUnroll; ++r) {
+      h[r] = xr[r][i];
+      gi[r] = gs[r][i];
+    }
+    for (int r = 0; r < kUnroll; ++r) {
+      h[r] = charge(v, h[r], di, ga, c.rest);
+      v = reset(h[r], HARD, c);
+    }
+    for (int r = kUnroll - 1; r >= 0; --r) {
+      const A sg = surrogate<K, A>(h[r] - c.threshold, a, b);
+      const A gh = step_backward<false>(h[r], gi[r], g, A(0), sg, HARD, DETACH, c);
+      gi[r] = ga * gh;
+      g = di * gh;
+    }
+    for (int r = 0; r < kUnroll; ++r) gx[r][i] = gi[r];
+    g_v[i] = g;
+  }
+}
+
+// One step back from a row of h. g_v comes in as the gradient of v[t] and goes out as that of v[t-1]; g is left holding
+// that of h[t].
 template <bool HARD, bool DETACH, Surrogate K, class A>
 SPK_NOINLINE void step_back(const A* h, const A* g_s, const A* g_h, A* g_v, A* g, A* g_x, const A* decay, const A* gain,
                             const Neuron<A> c, A a, A b, int n) {
@@ -117,24 +154,32 @@ void add_product(A* __restrict__ d, const A* __restrict__ x, const A* __restrict
 }
 
 template <class A>
-using StepBack = void (*)(const A*, const A*, const A*, A*, A*, A*, const A*, const A*, Neuron<A>, A, A, int);
+struct Back {
+  void (*steps)(const A* const*, const A*, const A* const*, A*, A* const*, const A*, const A*, Neuron<A>, A, A, int);
+  void (*step)(const A*, const A*, const A*, A*, A*, A*, const A*, const A*, Neuron<A>, A, A, int);
+};
 
 template <bool HARD, bool DETACH, class A>
-StepBack<A> step_back_of(int kind) {
-  switch (static_cast<Surrogate>(kind)) {
-    case Surrogate::atan: return step_back<HARD, DETACH, Surrogate::atan, A>;
-    case Surrogate::sigmoid: return step_back<HARD, DETACH, Surrogate::sigmoid, A>;
-    case Surrogate::rectangle: return step_back<HARD, DETACH, Surrogate::rectangle, A>;
-    case Surrogate::triangle: return step_back<HARD, DETACH, Surrogate::triangle, A>;
-    case Surrogate::fast_sigmoid: return step_back<HARD, DETACH, Surrogate::fast_sigmoid, A>;
-    case Surrogate::erf: return step_back<HARD, DETACH, Surrogate::erf, A>;
-    default: return step_back<HARD, DETACH, Surrogate::leaky_relu, A>;
+Back<A> back_of(int kind) {
+#define SPK_BACK(K)                                                                     \
+  {                                                                                     \
+    steps_back<HARD, DETACH, Surrogate::K, A>, step_back<HARD, DETACH, Surrogate::K, A> \
   }
+  switch (static_cast<Surrogate>(kind)) {
+    case Surrogate::atan: return SPK_BACK(atan);
+    case Surrogate::sigmoid: return SPK_BACK(sigmoid);
+    case Surrogate::rectangle: return SPK_BACK(rectangle);
+    case Surrogate::triangle: return SPK_BACK(triangle);
+    case Surrogate::fast_sigmoid: return SPK_BACK(fast_sigmoid);
+    case Surrogate::erf: return SPK_BACK(erf);
+    default: return SPK_BACK(leaky_relu);
+  }
+#undef SPK_BACK
 }
 template <class A>
-StepBack<A> step_back_of(bool hard, bool detach, int kind) {
-  if (hard) return detach ? step_back_of<true, true, A>(kind) : step_back_of<true, false, A>(kind);
-  return detach ? step_back_of<false, true, A>(kind) : step_back_of<false, false, A>(kind);
+Back<A> back_of(bool hard, bool detach, int kind) {
+  if (hard) return detach ? back_of<true, true, A>(kind) : back_of<true, false, A>(kind);
+  return detach ? back_of<false, true, A>(kind) : back_of<false, false, A>(kind);
 }
 
 // What a chunk of neurons carries through time, and how it advances.
@@ -167,13 +212,17 @@ struct Walk {
     else
       fill_row(v, c.rest, n);
   }
-  const A* x_row(int64_t t) { return state_row(x_tmp[0], x + t * x_step + first, n); }
+  const A* x_row(int r, int64_t t, int j, int m) { return state_row(x_tmp[r], x + t * x_step + first + j, m); }
 
   // Time steps t ... t + R - 1 of the chunk's m neurons from j on, into the rows of spikes s and potentials h of those.
   template <bool S, bool H, int R>
   void advance(int64_t t, A* const* s, A* const* h, int j, int m) {
     const A* rows[R];
-    for (int r = 0; r < R; ++r) rows[r] = state_row(x_tmp[r], x + (t + r) * x_step + first + j, m);
+    for (int r = 0; r < R; ++r) rows[r] = x_row(r, t + r, j, m);
+    advance<S, H, R>(rows, s, h, j, m);
+  }
+  template <bool S, bool H, int R>
+  void advance(const A* const* rows, A* const* s, A* const* h, int j, int m) {
     // Soft reset rests at 0 too.
     const auto run = !p.hard       ? steps<false, true, S, H, R, A>
                      : c.rest == 0 ? steps<true, true, S, H, R, A>
@@ -228,40 +277,70 @@ int forward(const LifFwd& p, int64_t begin, int64_t end) {
 template <class T, class A>
 int backward(const LifBwd& p, int64_t begin, int64_t end) {
   const bool stream = p.T * p.N * int64_t(sizeof(T)) >= kStreamBytes;
-  const auto back = step_back_of<A>(p.neuron.hard, p.detach, p.surrogate);
-  const int segments = int((p.T + kSegment - 1) / kSegment), held = int(p.T < kSegment ? p.T : kSegment);
-  alignas(64) A v[kRow], g_v[kRow], g[kRow], gs_tmp[kRow], gx_tmp[kRow], zero[kRow], sum_decay[kRow], sum_gain[kRow];
+  const bool by_step = p.g_h || p.g_v || p.g_decay || p.g_gain;  // these need a row of every step
+  const Back<A> back = back_of<A>(p.neuron.hard, p.detach, p.surrogate);
+  const int64_t segments = (p.T + kSegment - 1) / kSegment;
+  alignas(64) A v[kRow], g_v[kRow], g[kRow], zero[kRow], sum_decay[kRow], sum_gain[kRow];
+  alignas(64) A h[kUnroll][kRow], gs_tmp[kUnroll][kRow], gx_tmp[kUnroll][kRow], block_start[kSegment / kUnroll][kRow];
   Walk<T, A> walk(p.neuron, p.x, p.x_step);
   const Neuron<A> c = walk.c;
-  // h of one segment, then the potentials at each segment's start.
-  A* scratch = static_cast<A*>(aligned_alloc(64, sizeof(A) * kRow * (size_t(held) + segments)));
-  if (!scratch) return kOutOfMemory;
-  A* const starts = scratch + int64_t(held) * kRow;
+  // The potentials at the segments' starts, and x of one segment: rows of the caller's x may share cache sets.
+  A* const segment_start = static_cast<A*>(aligned_alloc(64, sizeof(A) * kRow * size_t(segments + kSegment)));
+  if (!segment_start) return kOutOfMemory;
+  A* const kept_x = segment_start + segments * kRow;
   fill_row(zero, A(0), kRow);
+  walk.v = v;
 
-  const auto recompute = [&](int64_t t0, int64_t t1) {  // h[t0 ... t1-1] into scratch
-    int64_t t = t0;
-    for (; t + kUnroll <= t1; t += kUnroll) {
-      A* h[kUnroll];
-      for (int r = 0; r < kUnroll; ++r) h[r] = scratch + (t + r - t0) * kRow;
-      walk.template advance<false, true, kUnroll>(t, nullptr, h, 0, walk.n);
+  const auto row = [&](const void* base, int64_t t) { return static_cast<const A*>(base) + t * p.N + walk.first; };
+  const auto g_s_row = [&](int r, int64_t t, int j, int m) -> const A* {
+    return p.g_s ? state_row(gs_tmp[r], static_cast<const T*>(p.g_s) + t * p.N + walk.first + j, m) : zero;
+  };
+  const auto g_x_at = [&](int64_t t, int j) { return static_cast<T*>(p.g_x) + t * p.N + walk.first + j; };
+  const auto block_back = [&](const A* start, int64_t t, const A* kept) {
+    const int tile = stream ? kBackTile : walk.n;
+    for (int j = 0; j < walk.n; j += tile) {
+      const int m = walk.n - j < tile ? walk.n - j : tile;
+      const A *x[kUnroll], *g_s[kUnroll];
+      A* g_x[kUnroll];
+      for (int r = 0; r < kUnroll; ++r) {
+        x[r] = kept ? kept + r * kRow + j : walk.x_row(r, t + r, j, m);
+        g_s[r] = g_s_row(r, t + r, j, m);
+        g_x[r] = target_row(gx_tmp[r], g_x_at(t + r, j), stream);
+      }
+      back.steps(x, start + j, g_s, g_v + j, g_x, walk.decay + j, walk.gain + j, c, A(p.a), A(p.b), m);
+      for (int r = 0; r < kUnroll; ++r) commit_row(g_x_at(t + r, j), g_x[r], stream, m);
     }
-    for (; t < t1; ++t) {
-      A* h = scratch + (t - t0) * kRow;
-      walk.template advance<false, true, 1>(t, nullptr, &h, 0, walk.n);
+  };
+  const auto steps_back = [&](const A* start, int64_t t0, int count) {
+    const int n = walk.n;
+    load_row(walk.v, start, n);
+    for (int r = 0; r < count; ++r) {
+      A* to = h[r];
+      walk.template advance<false, true, 1>(t0 + r, nullptr, &to, 0, n);
+    }
+    for (int r = count - 1; r >= 0; --r) {
+      const int64_t t = t0 + r;
+      if (p.g_v) add_row(g_v, row(p.g_v, t), n);
+      A* g_x = target_row(gx_tmp[0], g_x_at(t, 0), stream);
+      back.step(h[r], g_s_row(0, t, 0, n), p.g_h ? row(p.g_h, t) : zero, g_v, g, g_x, walk.decay, walk.gain, c, A(p.a), A(p.b), n);
+      commit_row(g_x_at(t, 0), g_x, stream, n);
+      if (p.g_gain) add_product(sum_gain, g, walk.x_row(0, t, 0, n), A(0), n);
+      if (p.g_decay) {
+        if (r > 0) reset_row(walk.v, h[r - 1], p.neuron.hard, c, n);  // v[t-1]
+        add_product(sum_decay, g, r > 0 ? walk.v : start, c.rest, n);
+      }
     }
   };
 
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     walk.at(chunk, p.N);
-    walk.v = v;
-    walk.rest_or(p.v_init);
-    const int64_t first = walk.first;
     const int n = walk.n;
-    const auto row = [&](const void* base, int64_t t) { return static_cast<const A*>(base) + t * p.N + first; };
-    for (int k = 0; k < segments; ++k) {
-      load_row(starts + int64_t(k) * kRow, walk.v, n);
-      if (k + 1 < segments) recompute(int64_t(k) * kSegment, int64_t(k + 1) * kSegment);
+    walk.rest_or(p.v_init);
+    for (int64_t k = 0; k < segments; ++k) {
+      load_row(segment_start + k * kRow, walk.v, n);
+      if (k + 1 == segments) break;
+      for (int64_t t = k * kSegment; t < (k + 1) * kSegment; t += kUnroll)
+        walk.template advance<false, false, kUnroll>(t, nullptr, nullptr, 0, n);
     }
     if (p.g_v_last)
       load_row(g_v, row(p.g_v_last, 0), n);
@@ -270,31 +349,34 @@ int backward(const LifBwd& p, int64_t begin, int64_t end) {
     fill_row(sum_decay, A(0), p.g_decay ? n : 0);
     fill_row(sum_gain, A(0), p.g_gain ? n : 0);
 
-    for (int k = segments - 1; k >= 0; --k) {
-      const int64_t t0 = int64_t(k) * kSegment, t1 = t0 + kSegment < p.T ? t0 + kSegment : p.T;
-      const A* start = starts + int64_t(k) * kRow;
-      load_row(walk.v, start, n);
-      recompute(t0, t1);
-      for (int64_t t = t1 - 1; t >= t0; --t) {
-        const A* h = scratch + (t - t0) * kRow;
-        if (p.g_v) add_row(g_v, row(p.g_v, t), n);
-        const A* g_s = p.g_s ? state_row(gs_tmp, static_cast<const T*>(p.g_s) + t * p.N + first, n) : zero;
-        T* g_x = static_cast<T*>(p.g_x) + t * p.N + first;
-        A* g_x_row = target_row(gx_tmp, g_x, stream);
-        back(h, g_s, p.g_h ? row(p.g_h, t) : zero, g_v, g, g_x_row, walk.decay, walk.gain, c, A(p.a), A(p.b), n);
-        commit_row(g_x, g_x_row, stream, n);
-        if (p.g_gain) add_product(sum_gain, g, walk.x_row(t), A(0), n);
-        if (p.g_decay) {
-          if (t > t0) reset_row(walk.v, h - kRow, p.neuron.hard, c, n);  // v[t-1], from the row before
-          add_product(sum_decay, g, t > t0 ? walk.v : start, c.rest, n);
+    for (int64_t k = segments - 1; k >= 0; --k) {
+      const int64_t t0 = k * kSegment;
+      const int count = int(p.T - t0 < kSegment ? p.T - t0 : kSegment), blocks = (count + kUnroll - 1) / kUnroll;
+      load_row(walk.v, segment_start + k * kRow, n);
+      for (int b = 0; b < blocks; ++b) {
+        load_row(block_start[b], walk.v, n);
+        if (b + 1 == blocks) break;
+        const A* x[kUnroll];
+        for (int r = 0; r < kUnroll; ++r) {
+          A* const kept = kept_x + (b * kUnroll + r) * kRow;
+          load_row(kept, walk.x + (t0 + b * kUnroll + r) * walk.x_step + walk.first, n);
+          x[r] = kept;
         }
+        walk.template advance<false, false, kUnroll>(x, nullptr, nullptr, 0, n);
+      }
+      for (int b = blocks - 1; b >= 0; --b) {
+        const int left = count - b * kUnroll;
+        if (by_step || left < kUnroll)
+          steps_back(block_start[b], t0 + b * kUnroll, left < kUnroll ? left : kUnroll);
+        else
+          block_back(block_start[b], t0 + b * kUnroll, b + 1 < blocks ? kept_x + b * kUnroll * kRow : nullptr);
       }
     }
-    if (p.g_decay) store_row(static_cast<A*>(p.g_decay) + first, sum_decay, n);
-    if (p.g_gain) store_row(static_cast<A*>(p.g_gain) + first, sum_gain, n);
-    if (p.g_v_init) store_row(static_cast<A*>(p.g_v_init) + first, g_v, n);
+    if (p.g_decay) store_row(static_cast<A*>(p.g_decay) + walk.first, sum_decay, n);
+    if (p.g_gain) store_row(static_cast<A*>(p.g_gain) + walk.first, sum_gain, n);
+    if (p.g_v_init) store_row(static_cast<A*>(p.g_v_init) + walk.first, g_v, n);
   }
-  free(scratch);
+  free(segment_start);
   if (stream) stream_fence();
   return kOk;
 }

@@ -26,11 +26,13 @@ SPK_HD A reset(A h, bool hard, const Neuron<A>& c) {
   return hard ? (s ? c.rest : h) : h - (s ? c.reset_by : A(0));
 }
 
-// g_h from the gradients of the spike, of v (after the reset) and of h itself; sg is the surrogate's derivative at h.
-template <class A>
+// g_h from the gradients of the spike, of v (after the reset) and of h itself (OF_H: else it is none); sg is the
+// surrogate's derivative at h.
+template <bool OF_H = true, class A>
 SPK_HD A step_backward(A h, A g_s, A g_v, A g_h, A sg, bool hard, bool detach, const Neuron<A>& c) {
   const bool s = h >= c.fire_at;
-  A g = g_s * sg + (hard && s ? A(0) : g_v) + g_h;
+  A g = g_s * sg + (hard && s ? A(0) : g_v);
+  if (OF_H) g = g + g_h;
   // Where sg is 0 nothing passes, also at infinite h, where the product would be NaN.
   if (!detach) g = g + g_v * (sg == 0 ? A(0) : (hard ? c.rest - h : -c.reset_by) * sg);
   return g;
