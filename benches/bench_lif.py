@@ -15,7 +15,7 @@ from spikecore.ops import lif
 from spikecore.ops.lif import lif_ref
 from spikecore.testing.cases import CASES, LAYOUTS, Sample, values
 from spikecore.testing.compare import assert_close
-from spikecore.testing.timing import Problem
+from spikecore.testing.timing import Problem, Scaling
 
 DISTRIBUTIONS = ("spikingjelly", "snntorch")
 Spiking = Callable[[Tensor], Tensor]
@@ -142,34 +142,48 @@ def bars(T: int, direction: str, over_copy: dict[str, float], device: str) -> di
 
 def problems(device: str, quick: bool) -> Iterator[Problem]:
     for name, (shape, layout, over_copy) in (QUICK if quick else SHAPES).items():
-        x = inputs(shape, layout, device)
-        leaf, g_s, out = x.clone().requires_grad_(), torch.randn_like(x), torch.empty_like(x)
-        runs, skipped = {"spikecore": ours}, {}
-        for peer, make in PEERS.items():
-            if quick and peer in SLOW_START:
-                skipped[peer] = "compiles for too long for --quick"
-                continue
-            try:
-                runs[peer] = make(x)
-            except ImportError as e:
-                skipped[peer] = str(e)
-        must_move = CASES["lif"].bytes_moved(Sample(name, {"x": x}))
         for direction in ("forward", "training"):
-            if direction == "forward":
-                calls = {peer: _inference(f, x) for peer, f in runs.items()}
-            else:
-                calls = {peer: partial(train, f, leaf, g_s) for peer, f in runs.items()}
-            yield Problem(
-                name=name,
-                direction=direction,
-                calls={"copy": partial(out.copy_, x), **calls},
-                must_move=must_move[0] + must_move[1] * (direction == "training"),
-                copied=2 * x.nbytes,
-                inputs=(leaf,),
-                trained={p: partial(f, leaf) for p, f in runs.items()} if direction == "training" else {},
-                bars=bars(len(x), direction, over_copy, device),
-                skipped=skipped,
+            leave_out = SLOW_START if quick else ()
+            yield problem(
+                name, shape, layout, direction, device, bars(shape[0], direction, over_copy, device), leave_out
             )
+
+
+def scaling(device: str, quick: bool) -> Iterator[Scaling]:
+    N, lengths = (1 << 8, (2, 4)) if quick else (1 << 15, (1, 2, 4, 8, 16, 32, 64, 128, 256))
+    for direction in ("forward", "training"):
+        points = {T: problem(f"T={T}", (T, N), "contiguous", direction, device, {}, SLOW_START) for T in lengths}
+        yield Scaling(f"{direction}, N=2^{N.bit_length() - 1}", "T", points)
+
+
+def problem(
+    name: str, shape: tuple[int, ...], layout: str, direction: str, device: str, bars: dict[str, float],
+    leave_out: tuple[str, ...] = (),
+) -> Problem:  # fmt: skip
+    x = inputs(shape, layout, device)
+    leaf, g_s, out = x.clone().requires_grad_(), torch.randn_like(x), torch.empty_like(x)
+    runs, skipped = {"spikecore": ours}, dict.fromkeys(leave_out, "compiles for too long here")
+    for peer, make in PEERS.items():
+        if peer in skipped:
+            continue
+        try:
+            runs[peer] = make(x)
+        except ImportError as e:
+            skipped[peer] = str(e)
+    forward = direction == "forward"
+    must_move = CASES["lif"].bytes_moved(Sample(name, {"x": x}))
+    return Problem(
+        name=name,
+        direction=direction,
+        calls={"copy": partial(out.copy_, x)}
+        | {p: _inference(f, x) if forward else partial(train, f, leaf, g_s) for p, f in runs.items()},
+        must_move=must_move[0] if forward else sum(must_move),
+        copied=2 * x.nbytes,
+        inputs=(leaf,),
+        trained={} if forward else {p: partial(f, leaf) for p, f in runs.items()},
+        bars=bars,
+        skipped=skipped,
+    )
 
 
 def _inference(f: Spiking, x: Tensor) -> Callable[[], Tensor]:

@@ -7,17 +7,20 @@ and the peak beyond spikes and gradient, both over the bytes of x. Ratios are me
 spikecore.testing.timing), so they may differ slightly from the ratio of the medians. An operator that disagrees with
 its reference gets no number. Peers: pip install "spikecore[bench]".
 
-Adding an operator: benches/bench_<op>.py with parity(device), problems(device, quick) and DISTRIBUTIONS.
+`--scaling` then measures how time and peak memory grow with sequence length, tokens, codes ...
+
+Adding an operator: benches/bench_<op>.py with parity(device), problems(device, quick), scaling(device, quick) and
+DISTRIBUTIONS.
 """
 
 import argparse
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
-import textwrap
 import traceback
 from dataclasses import asdict
 from types import ModuleType
@@ -27,37 +30,31 @@ import torch
 
 from spikecore._backend import gpu_backend
 from spikecore.testing import timing
-from spikecore.testing.timing import Problem, machine_line
+from spikecore.testing.timing import Problem, Scaling, machine_line
 
 HERE = pathlib.Path(__file__).parent
 OURS, COPY = "spikecore", "copy"
 KEY = ("op", "name", "direction", "device", "threads")
-# Colours told apart by the colour-blind too (Okabe and Ito 2008).
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
+
+
+def load(name: str) -> ModuleType:
+    """A file beside this one."""
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def discover() -> dict[str, ModuleType]:
     """The benches beside this file, by operator."""
-    modules = {}
-    for path in sorted(HERE.glob("bench_*.py")):
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        modules[path.stem.removeprefix("bench_")] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return modules
+    return {path.stem.removeprefix("bench_"): load(path.stem) for path in sorted(HERE.glob("bench_*.py"))}
 
 
 def measure(op: str, problem: Problem, device: str, quick: bool) -> dict[str, Any]:
     """One row: everything known about one problem, ready for JSON."""
-    calls, skipped = dict(problem.calls), dict(problem.skipped)
-    for name in [name for name in calls if name not in (OURS, COPY)]:
-        try:
-            calls[name]()
-        except Exception as e:  # a peer that cannot run here must not take the others down
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-            skipped[name] = f"fails: {reason[:100]}"
-            del calls[name]
+    calls, skipped = runnable(problem)
     duration = {"warmup": 0.01, "duration": 0.03, "turn": 0.005} if quick else {"warmup": 0.2, "duration": 1.0}
     times = timing.bench(calls, device=device, **duration)
     over_copy, peers = times[OURS].over(times[COPY]), {n: t.over(times[OURS]) for n, t in times.items() if n != OURS}
@@ -77,6 +74,7 @@ def measure(op: str, problem: Problem, device: str, quick: bool) -> dict[str, An
         "direction": problem.direction,
         "device": device,
         "threads": torch.get_num_threads() if device == "cpu" else 0,
+        "where": where(device),
         "times": {n: {k: v for k, v in asdict(t).items() if k != "turns"} for n, t in times.items()},
         "over_copy": over_copy,
         "peer_over_ours": {n: r for n, r in peers.items() if n != COPY},
@@ -91,7 +89,47 @@ def measure(op: str, problem: Problem, device: str, quick: bool) -> dict[str, An
     }
 
 
+def where(device: str) -> str:
+    n = torch.get_num_threads()
+    return device if device != "cpu" else f"{n} thread{'s' * (n != 1)}"
+
+
+def runnable(problem: Problem) -> tuple[dict[str, Any], dict[str, str]]:
+    """The contestants that run here, and why the others do not."""
+    calls, skipped = dict(problem.calls), dict(problem.skipped)
+    for name in [name for name in calls if name not in (OURS, COPY)]:
+        try:
+            calls[name]()
+        except Exception as e:  # a peer that cannot run here must not take the others down
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+            skipped[name] = f"fails: {reason[:100]}"
+            del calls[name]
+    return calls, skipped
+
+
+def grow(op: str, scaling: Scaling, device: str, quick: bool) -> dict[str, Any]:
+    """Median seconds and peak bytes of every contestant along one axis, ready for JSON."""
+    duration = {"warmup": 0.01, "duration": 0.03, "turn": 0.005} if quick else {"warmup": 0.05, "duration": 0.3}
+    out: dict[str, Any] = {"op": op, "name": scaling.name, "axis": scaling.axis, "points": {}}
+    out["where"] = where(device)
+    for size, problem in scaling.problems.items():
+        say(f"{op} {scaling.name} {scaling.axis} = {size}")
+        calls, _ = runnable(problem)
+        calls.pop(COPY, None)
+        times = timing.bench(calls, device=device, **duration)
+        out["points"][size] = {
+            n: {"s": t.median, "bytes": timing.bytes_peak(calls[n], device)} for n, t in times.items()
+        }
+    say("")
+    return out
+
+
 # ---- output ----------------------------------------------------------------------------------------------------------
+
+
+def say(what: str) -> None:
+    """Where we are, on one line of a terminal that the next overwrites."""
+    print(f"\r{what[:79]}".ljust(80), end="\r" if not what else "", file=sys.stderr, flush=True)
 
 
 def seconds(s: float) -> str:
@@ -134,7 +172,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for threads, direction in dict.fromkeys((row["threads"], row["direction"]) for row in rows):
         chosen = [row for row in rows if (row["threads"], row["direction"]) == (threads, direction)]
         title = f"{direction}{' (forward + backward)' if direction == 'training' else ''}"
-        out += ["", f"{chosen[0]['op']}, {title}, {where(chosen[0])}"]
+        out += ["", f"{chosen[0]['op']}, {title}, {chosen[0]['where']}"]
         head = ["", "copy", "spikecore [quartiles]", "over copy (bar)", *peers, "moved/must", "of copy's bandwidth"]
         out += aligned([head, *(cells(row, peers) for row in chosen)])
         if any(row["memory_over_x"] for row in chosen):
@@ -155,8 +193,17 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return out
 
 
-def where(row: dict[str, Any]) -> str:
-    return row["device"] if row["threads"] == 0 else f"{row['threads']} thread{'s' * (row['threads'] != 1)}"
+def growth(g: dict[str, Any]) -> list[str]:
+    """A table of one scaling: time and peak memory by contestant, and the exponent from its first size to its last."""
+    names = list(dict.fromkeys(n for point in g["points"].values() for n in point))
+    lines = [[g["axis"], *names]]
+    for size, point in g["points"].items():
+        cell = {n: f"{seconds(v['s'])} {v['bytes'] / 2**20:.1f} MiB" for n, v in point.items()}
+        lines.append([str(size), *(cell.get(n, "-") for n in names)])
+    out = ["", f"{g['op']}, {g['name']}, {g['where']}: time and peak memory", *aligned(lines)]
+    sizes = list(g["points"])
+    first, last = (g["points"][s][OURS]["s"] for s in (sizes[0], sizes[-1]))
+    return [*out, f"ours grows as {g['axis']}^{math.log(last / first) / math.log(sizes[-1] / sizes[0]):.2f}"]
 
 
 def compare(rows: list[dict[str, Any]], old: dict[str, Any], here: dict[str, Any]) -> list[str]:
@@ -169,61 +216,13 @@ def compare(rows: list[dict[str, Any]], old: dict[str, Any], here: dict[str, Any
     for row in rows:
         was = before.get(tuple(row[k] for k in KEY))
         new = row["times"][OURS]["median"]
-        title = f"{row['op']} {row['name']}, {row['direction']}, {where(row)}"
+        title = f"{row['op']} {row['name']}, {row['direction']}, {row['where']}"
         if was is None:
             lines.append([title, "-", seconds(new), "-", "-", f"{row['over_copy']:.2f}"])
             continue
         then, copies = was["times"][OURS]["median"], (f"{r['over_copy']:.2f}" for r in (was, row))
         lines.append([title, seconds(then), seconds(new), f"{new / then:.2f}", *copies])
     return out + aligned(lines)
-
-
-def plot(rows: list[dict[str, Any]], machine_text: str, path: pathlib.Path) -> None:
-    """Times over copy by contestant on a log scale: a panel per direction and number of threads."""
-    from matplotlib.figure import Figure
-
-    directions, threads = (list(dict.fromkeys(row[k] for row in rows)) for k in ("direction", "threads"))
-    names = [OURS, *dict.fromkeys(p for row in rows for p in row["peer_over_ours"])]
-    shapes = list(dict.fromkeys(row["name"] for row in rows))
-    size = (2 + 1.15 * len(shapes) * len(directions), 1.4 + 3.1 * len(threads))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(threads), len(directions), squeeze=False, sharey=True)
-    width = 0.84 / len(names)
-    for panel, (n, direction) in zip(axes.flat, ((n, d) for n in threads for d in directions), strict=True):
-        chosen = {row["name"]: row for row in rows if (row["threads"], row["direction"]) == (n, direction)}
-        for i, (peer, colour) in enumerate(zip(names, COLOURS, strict=False)):
-            at = [(shapes.index(s), over(row, peer)) for s, row in chosen.items() if peer in row["times"]]
-            xs, ys = [a + (i - (len(names) - 1) / 2) * width for a, _ in at], [y for _, y in at]
-            bars = panel.bar(xs, [y - FLOOR for y in ys], width * 0.94, bottom=FLOOR, color=colour, label=peer)
-            panel.bar_label(bars, [f"{y:.1f}" if y < 9.95 else f"{y:.0f}" for y in ys], fontsize=6, padding=1)
-        for s, row in chosen.items():
-            if COPY in row["bars"]:
-                left = shapes.index(s) - 0.46
-                bound = panel.plot([left, left + width + 0.06], [row["bars"][COPY]] * 2, color="black", lw=1.6)[0]
-                bound.set_label("bar ours must stay under" if s == shapes[0] else "_")
-        panel.axhline(1, color="0.35", lw=0.8, ls="--", zorder=0)
-        panel.set_yscale("log")
-        panel.set_ylim(FLOOR, 2 * max(over(row, name) for row in rows for name in names if name in row["times"]))
-        panel.set_xticks(range(len(shapes)), [s.replace(" ", "\n") for s in shapes], fontsize=7)
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.set_title(f"{direction}, {where(next(iter(chosen.values())))}", fontsize=9)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(axis="y", lw=0.4, color="0.85")
-        panel.set_axisbelow(True)
-    for panel in axes[:, 0]:
-        panel.set_ylabel("time / time of copying x", fontsize=8)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
-    note = textwrap.fill(machine_text, int(size[0] * 17))
-    figure.suptitle(f"{rows[0]['op']}: times over Tensor.copy_, lower is better\n{note}", fontsize=7)
-    figure.savefig(path, dpi=200)
-
-
-FLOOR = 0.5  # of the logarithmic axis, whose bars have no natural foot
-
-
-def over(row: dict[str, Any], name: str) -> float:
-    return row["over_copy"] * (1 if name == OURS else row["peer_over_ours"][name])
 
 
 def commit() -> str | None:
@@ -245,7 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", help="comma-separated, CPU only (default: one and all)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="save rows, machine and commit")
     parser.add_argument("--compare", type=pathlib.Path, metavar="OLD.json", help="print medians beside saved ones")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="DIR", help="one PNG per operator")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="DIR", help="PNGs per operator")
+    parser.add_argument("--scaling", action="store_true", help="also how time and peak memory grow with the size")
     parser.add_argument("--quick", action="store_true", help="does it run? tiny shapes, no meaning in the numbers")
     options = parser.parse_args(arguments)
     old = json.loads(options.compare.read_text()) if options.compare else None  # a wrong path fails now, not at the end
@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         print("--quick: the numbers mean nothing")
 
-    rows, red = [], []
+    rows, scalings, red = [], [], []
     for op, module in chosen.items():
         try:
             module.parity(device)
@@ -279,12 +279,23 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             torch.set_num_threads(everything)
         print("\n".join(table(mine)))
+        grown = (
+            [grow(op, s, device, options.quick) for s in module.scaling(device, options.quick)]
+            if options.scaling
+            else []
+        )
+        for g in grown:
+            print("\n".join(growth(g)))
         if options.plot:
             options.plot.mkdir(parents=True, exist_ok=True)
-            plot(mine, text, options.plot / f"{op}.png")
+            plots = load("plots")  # needs matplotlib
+            plots.bars(mine, text, options.plot / f"{op}.png")
+            if grown:
+                plots.growth(grown, text, options.plot / f"{op}_scaling.png")
         rows += mine
+        scalings += grown
     if options.json:
-        saved = {"commit": commit(), "machine": here, "memory": memory, "rows": rows}
+        saved = {"commit": commit(), "machine": here, "memory": memory, "rows": rows, "scaling": scalings}
         options.json.write_text(json.dumps(saved, indent=1))
     if old:
         print("\n".join(compare(rows, old, here)))
@@ -292,9 +303,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def row_of(op: str, problem: Problem, device: str, quick: bool) -> dict[str, Any]:
-    print(f"\r{op} {problem.name} {problem.direction} ...".ljust(79), end="", file=sys.stderr, flush=True)
+    say(f"{op} {problem.name} {problem.direction} ...")
     row = measure(op, problem, device, quick)
-    print("\r".ljust(80), end="\r", file=sys.stderr, flush=True)
+    say("")
     return row
 
 

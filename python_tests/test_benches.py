@@ -29,13 +29,16 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_saves_draws_and_compares(runner, tmp_path, capsys):
-    command = ["--op", "lif", "--quick", "--threads", "1"]
+    command = ["--op", "lif", "--quick", "--scaling", "--threads", "1"]
     assert runner.main([*command, "--json", f"{tmp_path}/old.json", "--plot", f"{tmp_path}/plots"]) == 0
     out = capsys.readouterr().out
     assert "left out: snntorch (import of snntorch halted" in out
-    assert (tmp_path / "plots" / "lif.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("lif.png", "lif_scaling.png"):
+        assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
     saved = json.loads((tmp_path / "old.json").read_text())
     assert {row["direction"] for row in saved["rows"]} == {"forward", "training"}
+    for grown in saved["scaling"]:
+        assert [set(point) for point in grown["points"].values()] == [{"spikecore", "eager"}] * 2
     assert saved["machine"]["versions"]["torch"] == torch.__version__
     for row in saved["rows"]:
         assert row["times"]["spikecore"]["minimum"] <= row["times"]["spikecore"]["median"]
