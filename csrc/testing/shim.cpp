@@ -48,6 +48,7 @@ struct {
 unsigned votes[2];
 uint64_t switches;
 unsigned seed;
+std::string launches;
 std::unordered_map<const void*, void*> shared_of_launch;
 
 }  // namespace
@@ -249,6 +250,7 @@ void launch_fibers(const char* kernel, dim3 grid, dim3 block, size_t dynamic_byt
     run_block(thread_order, random);
     if (!error.empty()) return;
   }
+  launches += name + "|" + text(blocks) + "|" + text(threads) + "|" + text(dynamic_bytes) + "\n";
 }
 
 void* static_shared(const void* tag, const char* name, size_t bytes) {
@@ -319,4 +321,11 @@ void shim_reset(unsigned seed, int coalescing) {
 }
 const char* shim_error() { return shim::error.c_str(); }
 uint64_t shim_switches() { return shim::switches; }
+// Every launch since the last call of this: a line "kernel|blocks|threads a block|dynamic shared bytes" each.
+const char* shim_launches() {
+  static std::string last;
+  last.swap(shim::launches);
+  shim::launches.clear();
+  return last.c_str();
+}
 }

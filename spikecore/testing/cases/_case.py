@@ -57,7 +57,7 @@ class Case:
     - `outputs(sample)`: names, in order, of what a call returns; `discrete`: those that are spikes, held to each bit.
     - `bytes_moved(sample)`: bytes that forward and backward must read and write at least.
     - `few`: names of the samples for checks that are slow (opcheck, compilers).
-    - `large(dtype)`: calls of a size that several threads share.
+    - `large(dtype)`: calls of a size that several threads share, the plainest first.
     """
 
     name: str

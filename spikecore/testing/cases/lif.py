@@ -103,6 +103,7 @@ def _lif_bytes(sample: Sample) -> tuple[int, int]:
 
 
 def _lif_large(dtype: torch.dtype) -> Iterator[Sample]:
+    yield Sample("plain", {"x": values((4, 3, 32, 992), dtype, False)})
     for size in ((), (37,)):
         parameters = {"decay": torch.full(size, 0.6), "gain": torch.full(size, 0.7)}
         x = values((4, 3, 37, 991), dtype, False)

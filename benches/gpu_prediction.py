@@ -1,0 +1,110 @@
+"""What the compiled CUDA kernels should cost on a GPU, found without one: python benches/gpu_prediction.py [--op lif].
+
+Per operator and direction: bytes that the kernels' source asks memory for on the checked host shim (32-byte sectors of
+each warp's requests, caches not counted) over bytes that must move; of each kernel launched, registers and shared memory
+as nvcc compiles it for sm_90, threads a block, and the share of a multiprocessor's 2,048 threads that fit; and
+the time that follows for the bench's first shape at 3.0 TB/s, if memory is all that counts. A run on a card (run.py)
+confirms or refutes it. Needs nvcc, g++ and the clone's python_tests.
+"""
+
+import argparse
+import ctypes
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+HERE = pathlib.Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "python_tests")]
+
+import run  # noqa: E402
+from backends import results  # noqa: E402
+from gpuless import aot, ops_on_shim, shim  # noqa: E402
+
+from spikecore.testing.cases import CASES  # noqa: E402
+
+ARCH, BANDWIDTH = 90, 3.0e12
+REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, 227 << 10  # of one sm_90 multiprocessor
+
+
+def occupancy(registers: int, block: int, shared: int) -> float:
+    """Share of a multiprocessor's threads that can be resident; registers are handed out by 8 to a thread."""
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * block)
+    by_shared = SHARED // shared if shared else BLOCKS  # what the system takes of it is in the compiler's figure
+    return min(BLOCKS, THREADS // block, by_registers, by_shared) * block / THREADS
+
+
+def compiled(op: str) -> dict[str, aot.Facts]:
+    """Of each kernel template the float32 instantiation with the most registers, by its plain name."""
+    flags = ["-fmad=false"]
+    facts = aot.nvcc_facts(shim.CSRC / op / f"{op}_cuda.cu", [ARCH], [shim.CSRC], flags)
+    plain = subprocess.run(["c++filt", *(f.name for f in facts)], capture_output=True, text=True, check=True).stdout
+    worst: dict[str, aot.Facts] = {}
+    for name, f in zip(plain.splitlines(), facts, strict=True):
+        kernel = re.search(r"(\w+_kernel)", name)
+        if kernel and not re.search(r"__half|__nv_bfloat16", name):
+            worst[kernel[1]] = max(f, worst.get(kernel[1], f), key=lambda f: f.registers)
+    return worst
+
+
+def launches(library: ctypes.CDLL) -> Iterator[tuple[str, int, int]]:
+    """(kernel, threads a block, dynamic shared bytes) of each launch since the last call, each once."""
+    library.shim_launches.restype = ctypes.c_char_p
+    seen = set()
+    for line in library.shim_launches().decode().splitlines():
+        name, _, threads, dynamic = line.split("|")
+        row = (re.search(r"(\w+_kernel)", name)[1], int(threads), int(dynamic))  # type: ignore[index]
+        if row not in seen:
+            seen.add(row)
+            yield row
+
+
+def counted(library: ctypes.CDLL, call: Any) -> int:
+    library.shim_counted.restype = ctypes.c_uint64
+    library.shim_start_counting()
+    call()
+    return library.shim_counted()
+
+
+def rows(op: str, library: ctypes.CDLL) -> Iterator[list[str]]:
+    case, call, facts = CASES[op], ops_on_shim.on_shim(op), compiled(op)
+    sample = next(case.large(torch.float32))
+    forward_must, backward_must = case.bytes_moved(sample)
+    with torch.no_grad():
+        forward = counted(library, lambda: call(**sample.arguments))
+    kernels = {"forward": list(launches(library))}
+    both = counted(library, lambda: results(case, call, sample))
+    kernels["backward"] = [k for k in launches(library) if k not in kernels["forward"]]
+    moved = {"forward": (forward, forward_must), "backward": (both - forward, backward_must)}
+    shape = run.load(f"bench_{op}").problems("cpu", False)
+    full = {p.direction: p.must_move for p, _ in zip(shape, range(2), strict=False)}
+    full["backward"] = full["training"] - full["forward"]
+    for direction, (bytes_, must) in moved.items():
+        ratio = bytes_ / must
+        time = f"{full[direction] * ratio / BANDWIDTH * 1e6:.1f}"
+        for i, (kernel, block, dynamic) in enumerate(kernels[direction]):
+            f = facts[kernel]
+            resident = f"{occupancy(f.registers, block, f.shared + dynamic):.0%}"
+            shared = str(f.shared + dynamic)
+            head = [f"{op} {direction}", f"{ratio:.2f}", time] if i == 0 else ["", "", ""]
+            yield [*head, kernel, str(block), str(f.registers), str(f.spills), shared, resident]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What the CUDA kernels should cost on a GPU.")
+    parser.add_argument("--op", choices=CASES, help="only this one")
+    options = parser.parse_args()
+    library = ops_on_shim.load(ops_on_shim.cache_dir(), checked=True)
+    head = ["", "moved/must", "us at 3.0 TB/s", "kernel", "block", "registers", "spills", "shared", "resident"]
+    lines = [head]
+    for op in [options.op] if options.op else CASES:
+        lines += rows(op, library)
+    print("\n".join(run.aligned(lines)))
+
+
+if __name__ == "__main__":
+    main()
