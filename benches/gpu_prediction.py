@@ -1,8 +1,8 @@
 """What the compiled CUDA kernels should cost on a GPU, found without one: python benches/gpu_prediction.py [--op lif].
 
-Per operator and direction: bytes that the kernels' source asks memory for on the checked host shim (32-byte sectors of
-each warp's requests, caches not counted) over bytes that must move; of each kernel launched, registers and shared memory
-as nvcc compiles it for sm_90, threads a block, and the share of a multiprocessor's 2,048 threads that fit; and
+Per operator and direction: bytes that the kernels' source asks memory for on the checked host shim (32-byte sectors
+of each warp's requests, caches not counted) over bytes that must move; of each kernel launched, registers and shared
+memory as nvcc compiles it for sm_90, threads a block, and the share of a multiprocessor's 2,048 threads that fit; and
 the time that follows for the bench's first shape at 3.0 TB/s, if memory is all that counts. A run on a card (run.py)
 confirms or refutes it. Needs nvcc, g++ and the clone's python_tests.
 """
