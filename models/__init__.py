@@ -4,7 +4,13 @@
 if __name__ != "spikecore.models":
     raise ImportError(f"this package is spikecore.models; write `import spikecore.models`, not `import {__name__}`")
 
+from spikecore.models._checkpoint import load_checkpoint
 from spikecore.models._registry import create_model, list_models, register_model
 from spikecore.models.ecsnn import ECSNN
+from spikecore.models.sew_resnet import SEWDVS, SEWResNet
+from spikecore.models.sma import SMA, SMAVGG
 
-__all__ = ["ECSNN", "create_model", "list_models", "register_model"]
+__all__ = [
+    "ECSNN", "SEWDVS", "SMA", "SMAVGG", "SEWResNet", "create_model", "list_models", "load_checkpoint",
+    "register_model",
+]  # fmt: skip

@@ -1,0 +1,138 @@
+"""What the models share: their input, their head as timm's users know it, layers that do not see time."""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["BatchNorm2d", "Conv2d", "Folded", "SpikingModel", "truncated_normal"]
+
+
+class Folded(nn.Sequential):
+    """Layers that know no time, over ``[T, B, ...]``: they see ``[T*B, ...]``, so batch statistics run over T too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class _OverTime(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+class Conv2d(_OverTime, nn.Conv2d):
+    """Over ``[T, B, C, H, W]``."""
+
+
+class BatchNorm2d(_OverTime, nn.BatchNorm2d):
+    """Over ``[T, B, C, H, W]``, one mean and variance for all steps."""
+
+
+class SpikingModel(nn.Module):
+    """Base of the image and event models.
+
+    A model defines `sequence_features` (``[T, B, C, H, W] -> [T, B, ...]``), `forward_head`, the name of its last layer
+    (`classifier`) and of its stages (`stages`, for `forward_intermediates`).
+
+    Args:
+        T: time steps. An image is shown so many times; event frames must have so many. None (event models): any.
+        in_chans: channels of the input.
+        num_classes: width of the output; 0: no classifier, features instead.
+
+    Shapes: image ``[B, C, H, W]`` or frames ``[B, T, C, H, W]`` -> ``[B, num_classes]``.
+
+    Raises:
+        ValueError: T or num_classes out of range; an input that fits neither shape.
+    """
+
+    classifier: str
+    stages: tuple[str, ...]
+
+    def __init__(self, T: int | None, in_chans: int, num_classes: int) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if T is not None and T < 1:
+            raise ValueError(f"{name}: T must be at least 1, got {T}")
+        if num_classes < 0:
+            raise ValueError(f"{name}: num_classes must be at least 0, got {num_classes}")
+        self.T, self.in_chans, self.num_classes = T, in_chans, num_classes
+
+    def frames(self, x: Tensor) -> Tensor:
+        """The input as a sequence ``[T, B, C, H, W]``; a repeated image is a view."""
+        name, C = type(self).__name__, self.in_chans
+        if x.dim() not in (4, 5) or x.shape[-3] != C:
+            T = "T" if self.T is None else self.T
+            raise ValueError(f"{name}: x must be [B, {C}, H, W] or [B, {T}, {C}, H, W], got {list(x.shape)}")
+        if x.dim() == 4:
+            if self.T is None:
+                raise ValueError(f"{name}: an image needs T, the number of times it is shown; got {list(x.shape)}")
+            return x.expand(self.T, *x.shape)
+        if self.T is not None and x.shape[1] != self.T:
+            raise ValueError(f"{name}: x must have T = {self.T} frames, got {x.shape[1]} in {list(x.shape)}")
+        return x.transpose(0, 1)
+
+    def sequence_features(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Features before pooling, for every time step: ``[T, B, ...]``."""
+        return self.sequence_features(self.frames(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """From `forward_features` to the output, or to what the classifier reads."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        return self.get_submodule(self.classifier)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new classifier, freshly initialised, for another number of classes (0: none)."""
+        old = self.get_classifier()
+        width = getattr(old, "in_features", None) or self.num_features
+        new = (
+            nn.Linear(width, num_classes, bias=getattr(old, "bias", True) is not None) if num_classes else nn.Identity()
+        )
+        parent, _, name = self.classifier.rpartition(".")
+        setattr(self.get_submodule(parent), name, new.to(next(self.parameters()).device))
+        self.num_features, self.num_classes = width, num_classes
+
+    num_features: int
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Iterable[int] | None = None, *, intermediates_only: bool = False
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of the stages, averaged over time, beside `forward_features`' result.
+
+        Args:
+            indices: which of `stages`: the last n, or their numbers; default: all.
+        """
+        names = self.stages
+        if isinstance(indices, int):
+            names = names[-indices:]
+        elif indices is not None:
+            names = tuple(names[i] for i in indices)
+        found: dict[str, Tensor] = {}
+        with ExitStack() as hooks:
+            for name in names:
+
+                def keep(module: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
+                    found[name] = out.mean(0)
+
+                hooks.callback(self.get_submodule(name).register_forward_hook(keep).remove)
+            features = self.forward_features(x)
+        maps = [found[name] for name in names]
+        return maps if intermediates_only else (features, maps)
+
+
+@torch.no_grad()
+def truncated_normal(model: nn.Module) -> None:
+    """Linear weights from a normal of deviation 0.02 cut at 2, biases 0: the transformers' start."""
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
