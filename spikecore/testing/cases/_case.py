@@ -34,7 +34,9 @@ class Sample:
         """All tensors by name: "x", or "attn.decay" where it is an attribute of an argument."""
         flat, _ = pytree.tree_flatten_with_path(self.arguments)
         return {
-            ".".join(str(getattr(k, "key", None) or k.name) for k in p): t for p, t in flat if isinstance(t, Tensor)
+            ".".join(str(getattr(k, "key", getattr(k, "name", None))) for k in p): t
+            for p, t in flat
+            if isinstance(t, Tensor)
         }
 
     @property
