@@ -27,12 +27,12 @@ def _ops(**launchers: Callable) -> Iterator[None]:
 
 
 def through(op: str, launchers: Any) -> Callable:
-    """A callable with the signature and gradients of operator `op` whose kernels are `launchers.<op>_fwd`, `_bwd`.
+    """A callable with the signature and gradients of operator `op` whose kernels are those registered for it, of `launchers`.
 
     The operator's module must hold its autograd formula as `_setup_context` and `_backward`.
     """
-    module = importlib.import_module(f"spikecore.ops.{op}")
-    fwd, bwd = f"{op}_fwd", f"{op}_bwd"
+    module = importlib.import_module(CASES[op].op.__module__)
+    fwd, bwd = CASES[op].registered
 
     class Through(torch.autograd.Function):
         @staticmethod
