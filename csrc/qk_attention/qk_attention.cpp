@@ -17,9 +17,10 @@ ScalarType state_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Do
 
 // The checks of _check in spikecore/ops/qk_attention.py, word for word.
 DType check_operands(const char* op, const Tensor& q, const Tensor& k, const OptTensor& v, int64_t mode, int64_t T) {
-  const auto dtype = T ? (q.scalar_type() == ScalarType::Byte ? std::optional(DType::f32) : std::nullopt) : kernel_dtype(q.scalar_type());
-  SPK_CHECK(dtype.has_value(), op, ": q must be ", T ? "uint8 (T was given)" : "float32, bfloat16, float16 or float64",
-            ", got ", describe(q));
+  const auto dtype =
+      T ? (q.scalar_type() == ScalarType::Byte ? std::optional(DType::f32) : std::nullopt) : kernel_dtype(q.scalar_type());
+  SPK_CHECK(dtype.has_value(), op, ": q must be ", T ? "uint8 (T was given)" : "float32, bfloat16, float16 or float64", ", got ",
+            describe(q));
   SPK_CHECK(q.dim() == 5 && q.size(0) >= 1, op, ": q must be [T, B, H, D, N] with T >= 1, got ", describe(q));
   SPK_CHECK(!T || (8 * (q.size(0) - 1) < T && T <= 8 * q.size(0)), op, ": T must be in ", 8 * (q.size(0) - 1) + 1, " to ",
             8 * q.size(0), " for packed ", describe(q), ", got ", T);
@@ -175,9 +176,9 @@ void reduce(const QkReduce& p) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_attention_bwd(
-    Tensor g_out, Tensor q, Tensor k, OptTensor v, OptTensor attn_decay, OptTensor attn_gain, OptTensor qkv_decay, OptTensor qkv_gain,
-    std::vector<double> attn, std::vector<double> qkv, int64_t mode, bool need_attn_decay, bool need_attn_gain, bool need_qkv_decay,
-    bool need_qkv_gain) {
+    Tensor g_out, Tensor q, Tensor k, OptTensor v, OptTensor attn_decay, OptTensor attn_gain, OptTensor qkv_decay,
+    OptTensor qkv_gain, std::vector<double> attn, std::vector<double> qkv, int64_t mode, bool need_attn_decay, bool need_attn_gain,
+    bool need_qkv_decay, bool need_qkv_gain) {
   const char* op = "qk_attention backward";
   const DType dtype = check_operands(op, q, k, v, mode, 0);
   const ScalarType state = state_type(dtype);
@@ -228,13 +229,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> qk_attention_
   const bool any = need[0] || need[1] || need[2] || need[3];
   Tensor sums = empty1d(any ? 4 * B * H * parts : 0, ScalarType::Double, q);
   if (any) p.sums = sums.mutable_data_ptr<double>();
+  if (any && on_gpu(q)) torch::stable::zero_(sums);  // its kernels use a part of them
   const auto reduction = [&](int i) {
-    return QkReduce{B, H, parts, p.sums + i * B * H * parts, g_p[i].mutable_data_ptr(), parameters[i]->dim() != 0,
+    return QkReduce{B,
+                    H,
+                    parts,
+                    p.sums + i * B * H * parts,
+                    g_p[i].mutable_data_ptr(),
+                    parameters[i]->dim() != 0,
                     state == ScalarType::Double ? DType::f64 : DType::f32};
   };
 #ifdef SPK_CUDA
   if (on_gpu(q)) {
-    Tensor potentials = empty1d(neurons(p.shape), ScalarType::Float, q), g_attn = empty1d(neurons(p.shape), ScalarType::Float, q);
+    Tensor potentials = empty1d(2 * neurons(p.shape), ScalarType::Float, q),
+           g_attn = empty1d(neurons(p.shape), ScalarType::Float, q);
     p.potentials = potentials.mutable_data_ptr<float>();
     p.g_attn = g_attn.mutable_data_ptr<float>();
     launch_cuda(qk_bwd_cuda, p, q, op, sizes_of(q));

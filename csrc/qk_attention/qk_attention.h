@@ -12,9 +12,9 @@
 namespace spk {
 
 struct QkNeuron {
-  double decay, gain;              // where the pointer below is null
-  const void *decay_h, *gain_h;    // [H] or one element, state type, or null
-  int64_t decay_step, gain_step;   // elements from head to head: 1, or 0 where there is one for all
+  double decay, gain;                      // where the pointer below is null
+  const void *decay_h, *gain_h;            // [H] or one element, state type, or null
+  int64_t decay_step, gain_step;           // elements from head to head: 1, or 0 where there is one for all
   double threshold, rest, reset_by, a, b;  // a, b: the surrogate's parameters
   int32_t surrogate;
   bool hard, strict, detach;
@@ -39,10 +39,10 @@ struct QkShape {
 struct QkFwd {
   QkShape shape;
   QkNeuron attn, qkv;
-  bool packed;  // operands are bits: uint8, ceil(T / 8) slices along t
+  bool packed;   // operands are bits: uint8, ceil(T / 8) slices along t
   QkIn y, s, w;  // w: null where there is one factor
   QkOut out;
-  float* potentials;  // CUDA: [T, B, H, columns ? L : R] of the attention neurons, before the reset
+  float* potentials;  // CUDA: [T, B, H, columns ? L : R], I
 };
 
 struct QkBwd {
@@ -52,7 +52,8 @@ struct QkBwd {
   QkOut g_y, g_s, g_w;
   // Of the learnable parameters, in the order of QkSum, or null: [4, B, H, parts].
   double* sums;
-  float *potentials, *g_attn;  // CUDA: as in QkFwd; gradient of I
+  float* potentials;  // CUDA: [2, T, B, H, columns ? L : R], I and the attention neurons' potentials
+  float* g_attn;      // CUDA: [T, B, H, columns ? L : R], gradient of a, then of I
 };
 
 enum QkSum { kAttnDecay, kAttnGain, kQkvDecay, kQkvGain };

@@ -15,10 +15,11 @@ namespace {
 
 #define SPK_NOINLINE __attribute__((noinline))
 
-constexpr int kRow = kQkTile + 16;  // length of a row of working space, off the multiples of 4 KB
-constexpr int kGroup = 4;           // rows that a sum over rows takes at once
-constexpr int kBlock = 16;          // rows whose sum is complete before it joins the total: errors grow less
-constexpr int kLanes = 32;          // partial sums along a row: their number, not the vector width, fixes the order
+constexpr int kRow = kQkTile + 16;         // length of a row of working space, off the multiples of 4 KB
+constexpr int kGroup = 4;                  // rows that a sum over rows takes at once
+constexpr int kBlock = 16;                 // rows whose sum is complete before it joins the total: errors grow less
+constexpr int kLanes = 32;                 // partial sums along a row: their number, not the vector width, fixes the order
+constexpr int kAhead = 8;                  // rows between a row in work and the one that is fetched
 constexpr int64_t kStreamBytes = 8 << 20;  // outputs from this size on bypass the caches
 
 // A neuron's constants for one head.
@@ -85,7 +86,8 @@ void slopes(const Lif<A>& f, const A* h, A* sg, int n) {
 
 // g_v comes in as the gradient of v[t] and goes out as that of v[t-1]; g is left holding that of h[t]. g_x may be g_s.
 template <bool HARD, bool DETACH, class A>
-SPK_NOINLINE void step_back(const A* h, const A* sg, const A* g_s, A* g_v, A* g, A* g_x, A decay, A gain, const Neuron<A> c, int n) {
+SPK_NOINLINE void step_back(const A* h, const A* sg, const A* g_s, A* g_v, A* g, A* g_x, A decay, A gain, const Neuron<A> c,
+                            int n) {
 #pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
     const A gi = step_backward(h[i], g_s[i], g_v[i], A(0), sg[i], HARD, DETACH, c);
@@ -100,7 +102,8 @@ SPK_NOINLINE void add_gain(A* __restrict__ d, const A* __restrict__ g, const A* 
   for (int i = 0; i < n; ++i) d[i] += g[i] * x[i];
 }
 template <class A>
-SPK_NOINLINE void add_decay(A* __restrict__ d, const A* __restrict__ g, const A* __restrict__ h, bool hard, const Neuron<A> c, int n) {
+SPK_NOINLINE void add_decay(A* __restrict__ d, const A* __restrict__ g, const A* __restrict__ h, bool hard, const Neuron<A> c,
+                            int n) {
   for (int i = 0; i < n; ++i) d[i] += g[i] * (reset(h[i], hard, c) - c.rest);
 }
 template <class A>
@@ -109,6 +112,12 @@ SPK_NOINLINE double total(const A* d, int n) {
   for (int i = 0; i < n; ++i) lanes[i % 8] += d[i];
   for (double lane : lanes) sum += lane;
   return sum;
+}
+
+// Rows are short, and the end of each costs the processor its own look ahead.
+template <class T>
+void prefetch(const T* x, int n) {
+  for (int i = 0; i < n; i += int(64 / sizeof(T))) __builtin_prefetch(x + i);
 }
 
 template <class A>
@@ -201,12 +210,40 @@ int64_t offset(const QkRows<Pointer>& x, const Part& at, int64_t t, int64_t r) {
   return t * x.t + at.b * x.b + at.h * x.h + r * x.r;
 }
 
+// Collects neighbouring rows of an output that goes past the caches, so that whole cache lines leave at once, and rows that
+// are converted. Others are computed in place.
+template <class T, class A>
+struct Sink {
+  static constexpr int kSize = 16 * kQkTile, kLine = 64 / sizeof(T);
+  alignas(64) A buffer[kSize];
+  T* start = nullptr;
+  int held = 0;
+  bool stream;
+
+  explicit Sink(bool stream) : stream(stream) {}
+  A* row(T* out, int n) {
+    if (target_row(buffer, out, stream) != buffer) return target_row(buffer, out, stream);
+    if (held && (out != start + held || held + n > kSize)) flush(out != start + held);
+    if (held == 0) start = out;
+    held += n;
+    return buffer + held - n;
+  }
+  void flush(bool all = true) {
+    const int n = all ? held : held / kLine * kLine;
+    if (n) commit_row(start, buffer, stream, n);
+    for (int i = n; i < held; ++i) buffer[i - n] = buffer[i];
+    start += n;
+    held -= n;
+  }
+};
+
 template <class T, class A>
 struct Walk {
   const QkShape& shape;
+  Sink<T, A> sink;
   alignas(64) A v[kRow], tmp[kRow], sg[kRow], g[kRow], g_v[kRow], sum_decay[kRow], sum_gain[kRow];
 
-  explicit Walk(const QkShape& shape) : shape(shape) {}
+  Walk(const QkShape& shape, bool stream) : shape(shape), sink(stream && !shape.currents) {}
 
   const T* at(const QkIn& x, const Part& part, int64_t t, int64_t r, int64_t l) const {
     return static_cast<const T*>(x.data) + offset(x, part, t, r) + l;
@@ -215,58 +252,78 @@ struct Walk {
     return static_cast<T*>(x.data) + offset(x, part, t, r) + l;
   }
 
-  // rows[t * step]: what operand x holds from (r, l) on, n columns: its numbers, or the spikes they cause (then with the
-  // potentials in h, where that is wanted). In place, or in `space`.
-  void read(const QkIn& x, const Lif<A>& neuron, const Part& part, int64_t r, int64_t l, int n, A* space, const A** rows, int step,
-            A* h = nullptr) {
+  // Calls f(t0, t1): all time steps of a row at once where its neurons carry a potential from one to the next, else one
+  // after the other, so that memory is walked in its order.
+  template <class F>
+  void over_time(F f) const {
+    const int64_t step = shape.currents ? shape.T : 1;
+    for (int64_t t = 0; t < shape.T; t += step) f(t, t + step);
+  }
+  // Calls f(r, l, n) for each row of a part, in tiles.
+  template <class F>
+  static void over_rows(const Part& part, F f) {
+    for (int64_t r = part.r0; r < part.r1; ++r)
+      for (int64_t l = part.l0; l < part.l1; l += kQkTile) f(r, l, int(part.l1 - l < kQkTile ? part.l1 - l : kQkTile));
+  }
+
+  // rows[t * step] for t in [t0, t1): what operand x holds from (r, l) on, n columns: its numbers, or the spikes they cause
+  // (then with the potentials in h, where that is wanted). In place, or in `space`.
+  void read(const QkIn& x, const Lif<A>& neuron, const Part& part, int64_t t0, int64_t t1, int64_t r, int64_t l, int n, A* space,
+            const A** rows, int step = 1, A* h = nullptr) {
     if (shape.currents) fill_row(v, neuron.c.rest, n);
-    for (int64_t t = 0; t < shape.T; ++t) {
+    for (int64_t t = t0; t < t1; ++t) {
       A* const here = space + t * kRow;
       rows[t * step] = state_row(here, at(x, part, t, r, l), n);
-      if (!shape.currents) continue;
+      if (!shape.currents) {
+        prefetch(at(x, part, t, r, l) + kAhead * x.r, n);
+        continue;
+      }
       fire(neuron, rows[t * step], v, here, h ? h + t * kRow : nullptr, n);
       rows[t * step] = here;
     }
   }
 
-  // I[t]: the attention neurons' input, in `sum`.
+  // The attention neurons' input, into `sum`.
   template <bool COLUMNS, bool PRODUCT>
   void sum(const QkIn& s, const QkIn& w, const Lif<A>& neuron, const Part& part, A* sum, A* block, A* lanes, A* const* space,
            const A** rows) {
-    const int64_t T_ = shape.T;
-    const A **x = rows, **y = rows + kGroup * T_;
-    if (COLUMNS) {
-      const int n = int(part.l1 - part.l0);
-      alignas(64) static const A zero[kRow] = {};
-      for (int64_t t = 0; t < T_; ++t) fill_row(sum + t * kRow, A(0), n);
+    const A **x = rows, **y = rows + kGroup * shape.T;
+    if (!COLUMNS) {
+      over_time([&](int64_t t0, int64_t t1) {
+        over_rows(part, [&](int64_t r, int64_t l, int n) {
+          if (l == 0) fill_row(lanes, A(0), int((t1 - t0) * kLanes));
+          read(s, neuron, part, t0, t1, r, l, n, space[0], x);
+          if (PRODUCT) read(w, neuron, part, t0, t1, r, l, n, space[1], y);
+          for (int64_t t = t0; t < t1; ++t) {
+            A* const here = lanes + (t - t0) * kLanes;
+            add_lanes<PRODUCT>(here, x[t], y[t], n);
+            if (l + n == shape.L) sum[t * kRow + (r - part.r0)] = sum_of_lanes(here);
+          }
+        });
+      });
+      return;
+    }
+    const int n = int(part.l1 - part.l0);
+    alignas(64) static const A zero[kRow] = {};
+    over_time([&](int64_t t0, int64_t t1) {
+      for (int64_t t = t0; t < t1; ++t) fill_row(sum + t * kRow, A(0), n);
       for (int64_t r0 = 0; r0 < shape.R; r0 += kBlock) {
         const int64_t end = r0 + kBlock < shape.R ? r0 + kBlock : shape.R;
-        for (int64_t t = 0; t < T_; ++t) fill_row(block + t * kRow, A(0), n);
+        for (int64_t t = t0; t < t1; ++t) fill_row(block + t * kRow, A(0), n);
         for (int64_t r = r0; r < end; r += kGroup) {
           for (int i = 0; i < kGroup; ++i) {
             if (r + i < end) {
-              read(s, neuron, part, r + i, part.l0, n, space[i], x + i, kGroup);
-              if (PRODUCT) read(w, neuron, part, r + i, part.l0, n, space[kGroup + i], y + i, kGroup);
+              read(s, neuron, part, t0, t1, r + i, part.l0, n, space[i], x + i, kGroup);
+              if (PRODUCT) read(w, neuron, part, t0, t1, r + i, part.l0, n, space[kGroup + i], y + i, kGroup);
             } else {
-              for (int64_t t = 0; t < T_; ++t) x[t * kGroup + i] = y[t * kGroup + i] = zero;
+              for (int64_t t = t0; t < t1; ++t) x[t * kGroup + i] = y[t * kGroup + i] = zero;
             }
           }
-          for (int64_t t = 0; t < T_; ++t) add_group<PRODUCT>(block + t * kRow, x + t * kGroup, y + t * kGroup, n);
+          for (int64_t t = t0; t < t1; ++t) add_group<PRODUCT>(block + t * kRow, x + t * kGroup, y + t * kGroup, n);
         }
-        for (int64_t t = 0; t < T_; ++t) add_row(sum + t * kRow, block + t * kRow, n);
+        for (int64_t t = t0; t < t1; ++t) add_row(sum + t * kRow, block + t * kRow, n);
       }
-      return;
-    }
-    for (int64_t r = part.r0; r < part.r1; ++r) {
-      fill_row(lanes, A(0), int(T_ * kLanes));
-      for (int64_t l = 0; l < shape.L; l += kQkTile) {
-        const int n = int(shape.L - l < kQkTile ? shape.L - l : kQkTile);
-        read(s, neuron, part, r, l, n, space[0], x, 1);
-        if (PRODUCT) read(w, neuron, part, r, l, n, space[1], y, 1);
-        for (int64_t t = 0; t < T_; ++t) add_lanes<PRODUCT>(lanes + t * kLanes, x[t], y[t], n);
-      }
-      for (int64_t t = 0; t < T_; ++t) sum[t * kRow + (r - part.r0)] = sum_of_lanes(lanes + t * kLanes);
-    }
+    });
   }
 
   // The attention neurons: from their input to spikes in `a`, potentials in h (or null).
@@ -275,14 +332,18 @@ struct Walk {
     for (int64_t t = 0; t < shape.T; ++t) fire(neuron, in + t * kRow, v, a + t * kRow, h ? h + t * kRow : nullptr, n);
   }
 
-  // From the gradients of spikes (g_s) to those of inputs: write(t, row) is called for t = T-1 ... 0. Sums for decay and
-  // gain are added to the two numbers at `sums` where it is not null; input(t) is then the input's row.
+  // From the gradients of spikes (g_s) to those of inputs: write(t, run) is called for t = T-1 ... 0 and has to call
+  // run(row). Sums for decay and gain are added to the two numbers at `sums` where it is not null; input(t) is then the
+  // input's row.
   template <class Input, class Write>
   void back(const Lif<A>& neuron, const A* h, const A* g_s, double* sums, int n, Input input, Write write) {
     const auto run = neuron.hard ? (neuron.detach ? step_back<true, true, A> : step_back<true, false, A>)
                                  : (neuron.detach ? step_back<false, true, A> : step_back<false, false, A>);
     fill_row(g_v, A(0), n);
-    if (sums) fill_row(sum_decay, A(0), n), fill_row(sum_gain, A(0), n);
+    if (sums) {
+      fill_row(sum_decay, A(0), n);
+      fill_row(sum_gain, A(0), n);
+    }
     for (int64_t t = shape.T - 1; t >= 0; --t) {
       const A* const ht = h + t * kRow;
       slopes(neuron, ht, sg, n);
@@ -302,144 +363,152 @@ bool streams(const QkShape& s, int64_t size) { return s.T * s.B * s.H * s.R * s.
 
 constexpr int kSpaces = 2 * kGroup;
 
+// What a kernel's call works with, of both directions.
+template <class T, class A>
+struct Scratch {
+  Space<A> memory;
+  Walk<T, A> walk;
+  const A** rows;  // [2 * kGroup * T]
+  A *in, *block, *lanes, *space[kSpaces];
+
+  Scratch(const QkShape& shape, int more)
+      : memory(shape.T, kSpaces + 3 + more),
+        walk(shape, streams(shape, sizeof(T))),
+        rows(static_cast<const A**>(malloc(sizeof(A*) * 2 * kGroup * size_t(shape.T)))),
+        in(memory.sequence()),
+        block(memory.sequence()),
+        lanes(memory.sequence()) {
+    for (A*& s : space) s = memory.sequence();
+  }
+  ~Scratch() { free(rows); }
+  bool failed() const { return !memory.base || !rows; }
+
+  template <bool COLUMNS>
+  void sum(const QkIn& s, const QkIn& w, const Lif<A>& neuron, const Part& part) {
+    if (w.data)
+      walk.template sum<COLUMNS, true>(s, w, neuron, part, in, block, lanes, space, rows);
+    else
+      walk.template sum<COLUMNS, false>(s, w, neuron, part, in, block, lanes, space, rows);
+  }
+};
+
 template <class T, class A, bool COLUMNS>
 int forward(const QkFwd& p, int64_t begin, int64_t end) {
-  const QkShape& shape = p.shape;
-  const bool stream = streams(shape, sizeof(T));
-  Space<A> memory(shape.T, kSpaces + 3);
-  const A** rows = static_cast<const A**>(malloc(sizeof(A*) * 2 * kGroup * size_t(shape.T)));
-  if (!memory.base || !rows) {
-    free(rows);
-    return kOutOfMemory;
-  }
-  A *space[kSpaces], *a = memory.sequence(), *block = memory.sequence(), *lanes = memory.sequence();
-  for (A*& s : space) s = memory.sequence();
-  Walk<T, A> walk(shape);
+  Scratch<T, A> scratch(p.shape, 0);
+  if (scratch.failed()) return kOutOfMemory;
+  Walk<T, A>& walk = scratch.walk;
+  A* const a = scratch.in;
+  const A** const rows = scratch.rows;
   for (int64_t index = begin; index < end; ++index) {
-    const Part part(shape, index);
+    const Part part(p.shape, index);
     const Lif<A> attn(p.attn, part.h), qkv(p.qkv, part.h);
-    if (p.w.data)
-      walk.template sum<COLUMNS, true>(p.s, p.w, qkv, part, a, block, lanes, space, rows);
-    else
-      walk.template sum<COLUMNS, false>(p.s, p.w, qkv, part, a, block, lanes, space, rows);
+    scratch.template sum<COLUMNS>(p.s, p.w, qkv, part);
     walk.attend(attn, a, a, nullptr, int(COLUMNS ? part.l1 - part.l0 : part.r1 - part.r0));
-    for (int64_t r = part.r0; r < part.r1; ++r)
-      for (int64_t l = part.l0; l < part.l1; l += kQkTile) {
-        const int n = int(part.l1 - l < kQkTile ? part.l1 - l : kQkTile);
-        walk.read(p.y, qkv, part, r, l, n, space[0], rows, 1);
-        for (int64_t t = 0; t < shape.T; ++t) {
-          T* const out = walk.at(p.out, part, t, r, l);
-          A* const row = target_row(walk.tmp, out, stream);
-          scale_row<COLUMNS>(row, a + t * kRow + (COLUMNS ? 0 : r - part.r0), rows[t], n);
-          commit_row(out, row, stream, n);
-        }
-      }
+    walk.over_time([&](int64_t t0, int64_t t1) {
+      walk.over_rows(part, [&](int64_t r, int64_t l, int n) {
+        walk.read(p.y, qkv, part, t0, t1, r, l, n, scratch.space[0], rows);
+        for (int64_t t = t0; t < t1; ++t)
+          scale_row<COLUMNS>(walk.sink.row(walk.at(p.out, part, t, r, l), n), a + t * kRow + (COLUMNS ? 0 : r - part.r0), rows[t],
+                             n);
+      });
+    });
+    walk.sink.flush();
   }
-  free(rows);
-  if (stream) stream_fence();
+  stream_fence();
   return kOk;
 }
 
 template <class T, class A, bool COLUMNS>
 int backward(const QkBwd& p, int64_t begin, int64_t end) {
   const QkShape& shape = p.shape;
-  const int64_t T_ = shape.T;
-  const bool stream = streams(shape, sizeof(T));
-  Space<A> memory(T_, kSpaces + 6);
-  const A** rows = static_cast<const A**>(malloc(sizeof(A*) * 2 * kGroup * size_t(T_)));
-  if (!memory.base || !rows) {
-    free(rows);
-    return kOutOfMemory;
-  }
-  A *in = memory.sequence(), *a = memory.sequence(), *h = memory.sequence(), *g_a = memory.sequence(), *block = memory.sequence(),
-    *lanes = memory.sequence(), *space[kSpaces];
-  for (A*& s : space) s = memory.sequence();
-  const A **x = rows, **y = rows + T_;
-  Walk<T, A> walk(shape);
+  Scratch<T, A> scratch(shape, 3);
+  if (scratch.failed()) return kOutOfMemory;
+  A *const a = scratch.memory.sequence(), *const h = scratch.memory.sequence(), *const g_a = scratch.memory.sequence();
+  A *const block = scratch.block, *const lanes = scratch.lanes, *const *const space = scratch.space;
+  const A **const x = scratch.rows, **const y = scratch.rows + shape.T;
+  Walk<T, A>& walk = scratch.walk;
+  const bool currents = shape.currents;
   for (int64_t index = begin; index < end; ++index) {
     const Part part(shape, index);
     const Lif<A> attn(p.attn, part.h), qkv(p.qkv, part.h);
     double sums[4] = {};
-    double* const qkv_sums = p.sums && shape.currents ? sums + kQkvDecay : nullptr;
-    if (p.w.data)
-      walk.template sum<COLUMNS, true>(p.s, p.w, qkv, part, in, block, lanes, space, rows);
-    else
-      walk.template sum<COLUMNS, false>(p.s, p.w, qkv, part, in, block, lanes, space, rows);
+    double* const qkv_sums = p.sums && currents ? sums + kQkvDecay : nullptr;
+    scratch.template sum<COLUMNS>(p.s, p.w, qkv, part);
     const int neurons = int(COLUMNS ? part.l1 - part.l0 : part.r1 - part.r0);
-    walk.attend(attn, in, a, h, neurons);
-    for (int64_t t = 0; t < T_; ++t) fill_row(g_a + t * kRow, A(0), neurons);
+    walk.attend(attn, scratch.in, a, h, neurons);
+    for (int64_t t = 0; t < shape.T; ++t) fill_row(g_a + t * kRow, A(0), neurons);
 
-    // Where the operands are currents, the gradients of their spikes (g_s) go on through their neurons.
-    const auto finish = [&](const QkIn& from, const QkOut& to, const A* potentials, const A* g_s, int64_t r, int64_t l, int n) {
-      walk.back(
-          qkv, potentials, g_s, qkv_sums, n, [&](int64_t t) { return state_row(walk.tmp, walk.at(from, part, t, r, l), n); },
-          [&](int64_t t, auto run) {
-            T* const out = walk.at(to, part, t, r, l);
-            A* const row = target_row(walk.tmp, out, stream);
-            run(row);
-            commit_row(out, row, stream, n);
-          });
-    };
-    // Gradient of one operand: its spikes' is factor * other, or the factor alone.
-    const auto spread = [&](const QkOut& to, const A* factor, const A* const* other, A* g_s, int64_t r, int64_t l, int n) {
-      for (int64_t t = 0; t < T_; ++t) {
+    // Gradient of one operand: factor * other, or the factor alone. That of a current goes on through its neurons, whose
+    // potentials are given.
+    const auto spread = [&](const QkIn& from, const QkOut& to, const A* factor, const A* const* other, const A* potentials, A* g_s,
+                            int64_t t0, int64_t t1, int64_t r, int64_t l, int n) {
+      for (int64_t t = t0; t < t1; ++t) {
         const A* const f = factor + t * kRow + (COLUMNS ? 0 : r - part.r0);
-        T* const out = shape.currents ? nullptr : walk.at(to, part, t, r, l);
-        A* const row = shape.currents ? g_s + t * kRow : target_row(walk.tmp, out, stream);
+        A* const row = currents ? g_s + t * kRow : walk.sink.row(walk.at(to, part, t, r, l), n);
         if (other)
           scale_row<COLUMNS>(row, f, other[t], n);
         else if (COLUMNS)
           load_row(row, f, n);
         else
           fill_row(row, f[0], n);
-        if (!shape.currents) commit_row(out, row, stream, n);
       }
+      if (!currents) return;
+      walk.back(
+          qkv, potentials, g_s, qkv_sums, n, [&](int64_t t) { return state_row(walk.tmp, walk.at(from, part, t, r, l), n); },
+          [&](int64_t t, auto run) {
+            T* const out = walk.at(to, part, t, r, l);
+            A* const row = target_row(walk.tmp, out, false);
+            run(row);
+            commit_row(out, row, false, n);
+          });
     };
 
-    for (int64_t r = part.r0; r < part.r1; ++r) {
-      if (COLUMNS && (r - part.r0) % kBlock == 0)
-        for (int64_t t = 0; t < T_; ++t) fill_row(block + t * kRow, A(0), neurons);
-      if (!COLUMNS) fill_row(lanes, A(0), int(T_ * kLanes));
-      for (int64_t l = part.l0; l < part.l1; l += kQkTile) {
-        const int n = int(part.l1 - l < kQkTile ? part.l1 - l : kQkTile);
-        walk.read(p.y, qkv, part, r, l, n, space[0], y, 1, shape.currents ? space[1] : nullptr);
-        for (int64_t t = 0; t < T_; ++t) {
+    walk.over_time([&](int64_t t0, int64_t t1) {
+      walk.over_rows(part, [&](int64_t r, int64_t l, int n) {
+        if (COLUMNS && (r - part.r0) % kBlock == 0)
+          for (int64_t t = t0; t < t1; ++t) fill_row(block + t * kRow, A(0), n);
+        if (!COLUMNS && l == 0) fill_row(lanes, A(0), int((t1 - t0) * kLanes));
+        walk.read(p.y, qkv, part, t0, t1, r, l, n, space[0], y, 1, currents ? space[1] : nullptr);
+        for (int64_t t = t0; t < t1; ++t) {
           x[t] = state_row(space[2] + t * kRow, walk.at(p.g_out, part, t, r, l), n);
-          if (COLUMNS)
+          prefetch(walk.at(p.g_out, part, t, r, l) + kAhead * p.g_out.r, n);
+          if (COLUMNS) {
             add_gain(block + t * kRow, x[t], y[t], n);
-          else
-            add_lanes<true>(lanes + t * kLanes, x[t], y[t], n);
+            if ((r - part.r0) % kBlock == kBlock - 1 || r + 1 == part.r1) add_row(g_a + t * kRow, block + t * kRow, n);
+          } else {
+            A* const here = lanes + (t - t0) * kLanes;
+            add_lanes<true>(here, x[t], y[t], n);
+            if (l + n == shape.L) g_a[t * kRow + (r - part.r0)] = sum_of_lanes(here);
+          }
         }
-        spread(p.g_y, a, x, space[3], r, l, n);
-        if (shape.currents) finish(p.y, p.g_y, space[1], space[3], r, l, n);
-      }
-      if (COLUMNS && ((r - part.r0) % kBlock == kBlock - 1 || r + 1 == part.r1))
-        for (int64_t t = 0; t < T_; ++t) add_row(g_a + t * kRow, block + t * kRow, neurons);
-      if (!COLUMNS)
-        for (int64_t t = 0; t < T_; ++t) g_a[t * kRow + (r - part.r0)] = sum_of_lanes(lanes + t * kLanes);
-    }
+        spread(p.y, p.g_y, a, x, space[1], space[3], t0, t1, r, l, n);
+      });
+    });
+    walk.sink.flush();
 
     walk.back(
-        attn, h, g_a, p.sums ? sums + kAttnDecay : nullptr, neurons, [&](int64_t t) { return in + t * kRow; },
+        attn, h, g_a, p.sums ? sums + kAttnDecay : nullptr, neurons, [&](int64_t t) { return scratch.in + t * kRow; },
         [&](int64_t t, auto run) { run(g_a + t * kRow); });
 
-    for (int64_t r = part.r0; r < part.r1; ++r)
-      for (int64_t l = part.l0; l < part.l1; l += kQkTile) {
-        const int n = int(part.l1 - l < kQkTile ? part.l1 - l : kQkTile);
-        const bool two = p.w.data != nullptr;
-        if (shape.currents || two) walk.read(p.s, qkv, part, r, l, n, space[0], x, 1, shape.currents ? space[1] : nullptr);
-        if (two) walk.read(p.w, qkv, part, r, l, n, space[2], y, 1, shape.currents ? space[3] : nullptr);
-        spread(p.g_s, g_a, two ? y : nullptr, space[4], r, l, n);
-        if (shape.currents) finish(p.s, p.g_s, space[1], space[4], r, l, n);
-        if (!two) continue;
-        spread(p.g_w, g_a, x, space[4], r, l, n);
-        if (shape.currents) finish(p.w, p.g_w, space[3], space[4], r, l, n);
-      }
-    const int64_t parts = qk_parts(shape), all = shape.B * shape.H * parts;
+    const bool two = p.w.data != nullptr;
+    walk.over_time([&](int64_t t0, int64_t t1) {
+      walk.over_rows(part, [&](int64_t r, int64_t l, int n) {
+        if (currents || two) walk.read(p.s, qkv, part, t0, t1, r, l, n, space[0], x, 1, currents ? space[1] : nullptr);
+        if (two) walk.read(p.w, qkv, part, t0, t1, r, l, n, space[2], y, 1, currents ? space[3] : nullptr);
+        spread(p.s, p.g_s, g_a, two ? y : nullptr, space[1], space[4], t0, t1, r, l, n);
+        if (two && currents) spread(p.w, p.g_w, g_a, x, space[3], space[4], t0, t1, r, l, n);
+      });
+      if (!two || currents) return;
+      walk.over_rows(part, [&](int64_t r, int64_t l, int n) {  // one output after the other
+        walk.read(p.s, qkv, part, t0, t1, r, l, n, space[0], x);
+        spread(p.w, p.g_w, g_a, x, nullptr, nullptr, t0, t1, r, l, n);
+      });
+    });
+    walk.sink.flush();
+    const int64_t all = shape.B * shape.H * qk_parts(shape);
     for (int i = 0; p.sums && i < 4; ++i) p.sums[i * all + index] = sums[i];
   }
-  free(rows);
-  if (stream) stream_fence();
+  stream_fence();
   return kOk;
 }
 
@@ -474,7 +543,7 @@ int packed(const QkFwd& p, int64_t begin, int64_t end) {
   Space<float> memory(slices * 8, 1);
   if (!memory.base) return kOutOfMemory;
   float* const a = memory.sequence();
-  Walk<uint8_t, float> walk(shape);
+  Walk<uint8_t, float> walk(shape, false);
   for (int64_t index = begin; index < end; ++index) {
     const Part part(shape, index);
     const int n = int(shape.columns ? part.l1 - part.l0 : part.r1 - part.r0);
