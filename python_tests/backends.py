@@ -27,7 +27,7 @@ def _ops(**launchers: Callable) -> Iterator[None]:
 
 
 def through(op: str, launchers: Any) -> Callable:
-    """A callable with the signature and gradients of operator `op` whose kernels are those registered for it, of `launchers`.
+    """A callable with the signature and gradients of operator `op`, by the kernels registered for it, of `launchers`.
 
     The operator's module must hold its autograd formula as `_setup_context` and `_backward`.
     """

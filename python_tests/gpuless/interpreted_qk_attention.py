@@ -1,4 +1,4 @@
-"""The attentions' Triton kernels on the CPU, run by test_qk_attention_triton.py in an interpreting process, with the guard.
+"""The attentions' Triton kernels on the CPU, run by test_qk_attention_triton.py in an interpreting, guarded process.
 
 On the grid, where sums are exact in any order, outputs and gradients are those of the CPU kernel without tolerance.
 """

@@ -1,5 +1,7 @@
 """The attentions: values by hand, packed spikes, bad input, and in place of the inner part of a published block."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,9 @@ def test_channel_and_spike_driven_by_hand() -> None:
     q = torch.tensor([[[1.0, 1], [1, 0]], [[0, 0], [1, 0]]]).view(2, 1, 1, 2, 2)
     k = torch.tensor([[[1.0, 0], [1, 1]], [[1, 1], [0, 1]]]).view_as(q)
     # Sums over tokens: 2 and 1, then 0 and 1: the first channel fires at once, the second at the second step.
-    assert torch.equal(qk_attention(q, k, "channel", IF), torch.tensor([[[1.0, 0], [0, 0]], [[0, 0], [0, 1]]]).view_as(q))
+    assert torch.equal(
+        qk_attention(q, k, "channel", IF), torch.tensor([[[1.0, 0], [0, 0]], [[0, 0], [0, 1]]]).view_as(q)
+    )
     # The same sums out of k * v gate q.
     v = torch.ones_like(q)
     assert torch.equal(spike_driven_attention(k, q, v, IF), qk_attention(q, k, "channel", IF))
@@ -155,9 +159,17 @@ def test_second_backward_is_refused() -> None:
         ({"attn": None}, TypeError, "qk_attention: attn must be LIFParams, got NoneType"),
         ({"T": 0}, ValueError, "qk_attention: T must be None or at least 1, got 0"),
         ({"q": spikes(4, 2)}, RuntimeError, "q must be [T, B, H, D, N] with T >= 1, got float32 [4, 2] on cpu"),
-        ({"q": spikes(*SHAPE).int()}, RuntimeError, "q must be float32, bfloat16, float16 or float64, got int32 [4, 2,"),
+        (
+            {"q": spikes(*SHAPE).int()},
+            RuntimeError,
+            "q must be float32, bfloat16, float16 or float64, got int32 [4, 2,",
+        ),
         ({"T": 4}, RuntimeError, "q must be uint8 (T was given), got float32 [4, 2, 3, 5, 7] on cpu"),
-        ({"k": spikes(4, 2, 3, 5, 6)}, RuntimeError, "k must be float32 [4, 2, 3, 5, 7] on cpu, got float32 [4, 2, 3, 5, 6]"),
+        (
+            {"k": spikes(4, 2, 3, 5, 6)},
+            RuntimeError,
+            "k must be float32 [4, 2, 3, 5, 7] on cpu, got float32 [4, 2, 3, 5, 6]",
+        ),
         ({"k": spikes(*SHAPE).half()}, RuntimeError, "k must be float32 [4, 2, 3, 5, 7] on cpu, got float16"),
         (
             {"attn": LIFParams(decay=torch.rand(2))},
@@ -177,16 +189,19 @@ def test_one_clear_line(arguments: dict, error: type, message: str) -> None:
         qk_attention(**call)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    if error is RuntimeError:  # word for word where the kernel is not reached
-        with torch._subclasses.FakeTensorMode() as mode, pytest.raises(error) as traced:
-            fake = {n: mode.from_tensor(t) if isinstance(t, Tensor) else t for n, t in call.items()}
-            for n in ("attn", "qkv"):
-                if n in fake:
-                    p = fake[n]
-                    tensors = {a: getattr(p, a) for a in ("decay", "gain")}
-                    fake[n] = LIFParams(**{a: mode.from_tensor(t) if isinstance(t, Tensor) else t for a, t in tensors.items()})
-            qk_attention(**fake)
-        assert str(traced.value) == str(caught.value)
+    if error is not RuntimeError:
+        return
+    with torch._subclasses.FakeTensorMode() as mode:  # word for word where the kernel is not reached
+
+        def fake(value: object) -> object:
+            if isinstance(value, LIFParams):
+                return replace(value, decay=fake(value.decay), gain=fake(value.gain))
+            return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+        traced = {name: fake(value) for name, value in call.items()}
+        with pytest.raises(error) as caught_traced:
+            qk_attention(**traced)
+    assert str(caught_traced.value) == str(caught.value)
 
 
 def test_packed_bits_must_fit_their_time() -> None:

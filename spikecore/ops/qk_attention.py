@@ -40,8 +40,8 @@ def qk_attention(
     """Fused Q-K attention (formulas in the module's docstring).
 
     Args:
-        q, k: ``[T, B, H, D, N]``, T >= 1, both float32, bfloat16, float16 or (CPU only) float64. Any strides; no copy is
-            made where the tokens, or the channels of a head, lie side by side (a model's ``[T, B, C, N]`` passes
+        q, k: ``[T, B, H, D, N]``, T >= 1, both float32, bfloat16, float16 or (CPU only) float64. Any strides; no copy
+            is made where the tokens, or the channels of a head, lie side by side (a model's ``[T, B, C, N]`` passes
             ``.unflatten(2, (H, D))``; ``[T, B, N, C]`` passes ``.unflatten(3, (H, D)).permute(0, 1, 3, 4, 2)``).
             Packed spikes (uint8, see `pack_spikes`) are taken with `T`; then the result is packed, without gradient.
         mode: "token" or "channel".
@@ -153,7 +153,8 @@ def spike_driven_attention_ref(
 ) -> Tensor:
     """The reference of `spike_driven_attention`: the formulas in plain PyTorch; ``smooth=True`` as in `lif_ref`."""
     if T is not None:
-        return pack_spikes(spike_driven_attention_ref(*(unpack_spikes(t, T) for t in (q, k, v)), attn, qkv))
+        q, k, v = (unpack_spikes(t, T) for t in (q, k, v))
+        return pack_spikes(spike_driven_attention_ref(q, k, v, attn, qkv))
     sq, sk, sv = (_spikes(t, qkv, smooth) for t in (q, k, v))
     a = _lif((sk * sv).sum(4, keepdim=True), attn, smooth)
     return (a * sq).to(q.dtype)
@@ -237,7 +238,8 @@ def _qk_attention_bwd_fake(
     like = q if mode == _SPIKE_DRIVEN else k
     none = q.new_empty(0, dtype=_state_dtype(q))
     parameters = (
-        (need_attn_decay, attn_decay), (need_attn_gain, attn_gain), (need_qkv_decay, qkv_decay), (need_qkv_gain, qkv_gain),
+        (need_attn_decay, attn_decay), (need_attn_gain, attn_gain),
+        (need_qkv_decay, qkv_decay), (need_qkv_gain, qkv_gain),
     )  # fmt: skip
     return (
         _empty(q, like),

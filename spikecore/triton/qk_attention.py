@@ -1,7 +1,8 @@
 """The attentions in Triton: the GPU backend where the compiled CUDA kernels cannot run.
 
-Formulas: spikecore/ops/qk_attention.py; what y, s, w, rows and columns are: csrc/qk_attention/qk_attention.h. Same launchers'
-signatures as the registered ops. Compiled without fused multiply-add, as spikecore/triton/lif.py. Packed spikes are unpacked.
+Formulas: spikecore/ops/qk_attention.py; what y, s, w, rows and columns are: csrc/qk_attention/qk_attention.h. Same
+launchers' signatures as the registered ops. Compiled without fused multiply-add, as spikecore/triton/lif.py. Packed
+spikes are unpacked first.
 """
 
 import math
@@ -37,8 +38,8 @@ def qk_sum_kernel(
     COLUMNS: tl.constexpr, CURRENTS: tl.constexpr, W: tl.constexpr, W_CURRENTS: tl.constexpr, HARD: tl.constexpr,
     DECAY: tl.constexpr, GAIN: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    # A program owns BL columns (or BR rows) of a block (b, h) and walks its rows (columns) by chunks, each through time with
-    # its potentials in registers; the sums of chunks before are read back.
+    # A program owns BL columns (or BR rows) of a block (b, h) and walks its rows (columns) by chunks, each through time
+    # with its potentials in registers; the sums of chunks before are read back.
     if COLUMNS:
         J = L
         tiles = (L + BL - 1) // BL
@@ -149,7 +150,9 @@ def qk_gate_kernel(
 
 
 @triton.jit
-def _back(h, g_s, g_v, threshold, rest, fire_at, reset_by, a, b, HARD: tl.constexpr, DETACH: tl.constexpr, KIND: tl.constexpr):
+def _back(
+    h, g_s, g_v, threshold, rest, fire_at, reset_by, a, b, HARD: tl.constexpr, DETACH: tl.constexpr, KIND: tl.constexpr
+):
     # csrc/lif/neuron.h's step_backward.
     sg = _surrogate(h - threshold, a, b, KIND)
     if HARD:
@@ -170,8 +173,8 @@ def qk_attn_bwd_kernel(
     HARD: tl.constexpr, DETACH: tl.constexpr, KIND: tl.constexpr, DECAY: tl.constexpr, GAIN: tl.constexpr,
     SUMS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    # A program owns BN attention neurons of a block (b, h): forward from I, leaving the potentials, then back; the gradient
-    # of a turns into that of I.
+    # A program owns BN attention neurons of a block (b, h): forward from I, leaving the potentials, then back; the
+    # gradient of a turns into that of I.
     blocks = (J + BN - 1) // BN
     program = tl.program_id(0).to(tl.int64)
     bh, part = program // blocks, program % blocks
@@ -211,15 +214,16 @@ def qk_attn_bwd_kernel(
 
 @triton.jit
 def qk_operand_bwd_kernel(
-    p_f, p_x, p_o, p_decay, p_gain, p_g_x, p_sums, T, B, H, R, L, x_t, x_b, x_h, x_r, o_t, o_b, o_h, o_r, g_t, g_b, g_h, g_r,
-    attn_fire_at, decay, gain, decay_step, gain_step, threshold, rest, fire_at, reset_by, a, b, parts, first, sum_step,
+    p_f, p_x, p_o, p_decay, p_gain, p_g_x, p_sums, T, B, H, R, L,
+    x_t, x_b, x_h, x_r, o_t, o_b, o_h, o_r, g_t, g_b, g_h, g_r, attn_fire_at,
+    decay, gain, decay_step, gain_step, threshold, rest, fire_at, reset_by, a, b, parts, first, sum_step,
     COLUMNS: tl.constexpr, CURRENTS: tl.constexpr, GATED: tl.constexpr, OTHER: tl.constexpr, O_CURRENTS: tl.constexpr,
     HARD: tl.constexpr, DETACH: tl.constexpr, KIND: tl.constexpr, DECAY: tl.constexpr, GAIN: tl.constexpr,
     SUMS: tl.constexpr, SEG: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    # The gradient of one operand: the spikes of attention neurons (GATED: from their potentials) or the gradients of I, times
-    # the other factor; that of a current goes on through its neurons. A program owns a tile and walks the segments from the
-    # last: forward from the start, the segment's potentials in registers, and back.
+    # The gradient of one operand: the spikes of attention neurons (GATED: from their potentials) or the gradients of I,
+    # times the other factor; that of a current goes on through its neurons. A program owns a tile and walks the
+    # segments from the last: forward from the start, the segment's potentials in registers, and back.
     bh, r, l = _tile(R, L, H, BR, BL)
     h, bb = bh % H, bh // H
     mask = (r[:, None] < R) & (l[None, :] < L)
@@ -302,7 +306,9 @@ class _Neuron:
         self.threshold = threshold
         above = np.nextafter(np.float32(threshold), np.float32(np.inf))
         # Nothing lies above infinity, and no potential is >= NaN.
-        self.fire_at = float(np.float32(threshold) if not strict else above if above > np.float32(threshold) else np.nan)
+        self.fire_at = float(
+            np.float32(threshold) if not strict else above if above > np.float32(threshold) else np.nan
+        )
         self.decay_h, self.gain_h = (p.contiguous() if p is not None else None for p in (decay_h, gain_h))
         self.steps = [int(p is not None and p.dim() > 0) for p in (decay_h, gain_h)]
         self.flags = {"HARD": self.hard, "DECAY": decay_h is not None, "GAIN": gain_h is not None}
@@ -361,8 +367,9 @@ class _Problem:
     def sum(self, n: _Neuron, x: Tensor, w: Tensor | None, w_currents: bool) -> Tensor:
         out, block = self.neurons(), self.block(SUM_BLOCKS[self.columns])
         self.run(
-            qk_sum_kernel, triton.cdiv(self.J, block["BL" if self.columns else "BR"]), x, w, n.decay_h, n.gain_h, out, *self.sizes,
-            *_strides(x), *_strides(w), *n.numbers, **self.flags, W=w is not None, W_CURRENTS=w_currents, **n.flags, **block,
+            qk_sum_kernel, triton.cdiv(self.J, block["BL" if self.columns else "BR"]), x, w, n.decay_h, n.gain_h, out,
+            *self.sizes, *_strides(x), *_strides(w), *n.numbers, **self.flags, W=w is not None, W_CURRENTS=w_currents,
+            **n.flags, **block,
         )  # fmt: skip
         return out
 
@@ -397,8 +404,9 @@ def qk_attention_fwd(q, k, v, attn_decay, attn_gain, qkv_decay, qkv_gain, attn, 
     inputs = p.sum(n, p.s, p.w, p.currents)
     rows = p.rows(out)
     p.run(
-        qk_gate_kernel, p.tiles(), inputs, p.y, a.decay_h, a.gain_h, n.decay_h, n.gain_h, rows, *p.sizes, *_strides(p.y),
-        *_strides(rows), *a.numbers, *n.numbers, **p.flags, **{f"ATTN_{k}": f for k, f in a.flags.items()}, **n.flags,
+        qk_gate_kernel, p.tiles(), inputs, p.y, a.decay_h, a.gain_h, n.decay_h, n.gain_h, rows, *p.sizes,
+        *_strides(p.y), *_strides(rows), *a.numbers, *n.numbers,
+        **p.flags, **{f"ATTN_{k}": f for k, f in a.flags.items()}, **n.flags,
         **p.block(BLOCK),
     )  # fmt: skip
     return out
@@ -426,8 +434,8 @@ def qk_attention_bwd(
         sums = q.new_zeros((4, p.B, p.H, parts), dtype=torch.float64)
     step = p.B * p.H * parts
     p.run(
-        qk_attn_bwd_kernel, blocks, inputs, potentials, g_attn, a.decay_h, a.gain_h, sums, p.T, p.B * p.H * p.J, p.J, p.H,
-        parts, step, *a.backward_numbers, **a.backward_flags, SUMS=sums is not None, BN=NEURONS,
+        qk_attn_bwd_kernel, blocks, inputs, potentials, g_attn, a.decay_h, a.gain_h, sums, p.T, p.B * p.H * p.J, p.J,
+        p.H, parts, step, *a.backward_numbers, **a.backward_flags, SUMS=sums is not None, BN=NEURONS,
     )  # fmt: skip
     spread = [(p.s, p.w, g_k if v is not None else g_q), (p.w, p.s, g_v)]
     jobs = [(p.y, g_out, g_q if v is not None else g_k), *spread[: 1 if v is None else 2]]
@@ -435,8 +443,9 @@ def qk_attention_bwd(
         g_x = p.rows(g_x)
         factors = potentials if i == 0 else g_attn
         p.run(
-            qk_operand_bwd_kernel, tiles, factors, x, other, n.decay_h, n.gain_h, g_x, sums[2:] if sums is not None else None,
-            *p.sizes, *_strides(x), *_strides(other), *_strides(g_x), a.fire_at, *n.backward_numbers, parts, i * tiles, step,
+            qk_operand_bwd_kernel, tiles, factors, x, other, n.decay_h, n.gain_h, g_x,
+            sums[2:] if sums is not None else None, *p.sizes, *_strides(x), *_strides(other), *_strides(g_x), a.fire_at,
+            *n.backward_numbers, parts, i * tiles, step,
             **p.flags, GATED=i == 0, OTHER=other is not None, O_CURRENTS=p.currents and i > 0 and other is not None,
             **n.backward_flags, SUMS=sums is not None and p.currents, SEG=min(SEGMENT, triton.next_power_of_2(p.T)),
             **p.block(BLOCK),

@@ -54,11 +54,12 @@ _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _sample(
-    name: str, operands: str, dtype: torch.dtype, grid: bool, shape: tuple[int, ...] = _SHAPE, layout: str = "contiguous",
-    spikes: bool = False, attn: dict[str, Any] | None = None, qkv: dict[str, Any] | None = None, **arguments: Any,
+    name: str, operands: str, dtype: torch.dtype, grid: bool, shape: tuple[int, ...] = _SHAPE,
+    layout: str = "contiguous", spikes: bool = False, attn: dict[str, Any] | None = None,
+    qkv: dict[str, Any] | None = None, **arguments: Any,
 ) -> Sample:  # fmt: skip
     seed = sum(map(ord, name))  # other numbers in each sample, the same in every process
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for i, arg in enumerate(operands):
         x = values(shape, dtype, grid, seed + i)
         if spikes:
@@ -74,25 +75,25 @@ def _samples(operands: str, modes: tuple[str, ...]) -> Callable[[torch.dtype, bo
     def samples(dtype: torch.dtype, grid: bool) -> Iterator[Sample]:
         for mode in modes:
             for title, changes in _calls():
-                arguments = {"mode": mode} if mode else {}
+                arguments: dict[str, Any] = {"mode": mode} if mode else {}
                 yield _sample(f"{mode} {title}".strip(), operands, dtype, grid, **changes, **arguments)
 
     return samples
 
 
 def _calls() -> Iterator[tuple[str, dict[str, Any]]]:
-    learnt = {"decay": "heads", "gain": "scalar"}
-    every = {"attn": {**learnt, "v_threshold": 1.0}, "qkv": {"decay": "scalar", "gain": "heads"}}
+    learnt: dict[str, Any] = {"decay": "heads", "gain": "scalar"}
+    every: dict[str, Any] = {"attn": {**learnt, "v_threshold": 1.0}, "qkv": {"decay": "scalar", "gain": "heads"}}
     yield "spikes", {"spikes": True}
     yield "floats", {"shape": (4, 2, 3, 16, 33), "attn": {"v_threshold": 8.0}}
     yield "currents", {"qkv": {}}
     yield "learnable", {"spikes": True, "attn": {"decay": "scalar", "gain": "heads", "detach_reset": False}}
     yield "currents, learnable", every
     yield "currents, attached", {k: {**v, "detach_reset": False} for k, v in every.items()}
-    soft = {"v_reset": None, "detach_reset": False}
+    soft: dict[str, Any] = {"v_reset": None, "detach_reset": False}
     yield "currents, soft, attached", {k: {**v, **soft, "reset_by": 0.75} for k, v in every.items()}
     yield "currents, strict", {"attn": {"strict": True, "gain": 1.0}, "qkv": {"strict": True, "gain": 1.0}}
-    rest = {"v_reset": -0.25, "decay": "heads", "detach_reset": False}
+    rest: dict[str, Any] = {"v_reset": -0.25, "decay": "heads", "detach_reset": False}
     yield "currents, hard reset below zero", {"attn": rest, "qkv": {**rest, "v_threshold": 0.75}}
     for s in SURROGATES:
         yield f"currents, {type(s).__name__}", {"attn": {"surrogate": s, "v_threshold": 2.0}, "qkv": {"surrogate": s}}
@@ -124,8 +125,8 @@ def _bytes(operands: int) -> Callable[[Sample], tuple[int, int]]:
 
 def _large(operands: str) -> Callable[[torch.dtype], Iterator[Sample]]:
     def large(dtype: torch.dtype) -> Iterator[Sample]:
-        learnt = {"decay": torch.full((3,), 0.6), "gain": torch.full((), 0.7)}
-        q = {arg: values((4, 5, 3, 37, 291), dtype, False, i) for i, arg in enumerate(operands)}
+        learnt: dict[str, Any] = {"decay": torch.full((3,), 0.6), "gain": torch.full((), 0.7)}
+        q: dict[str, Any] = {arg: values((4, 5, 3, 37, 291), dtype, False, i) for i, arg in enumerate(operands)}
         neurons = {"attn": LIFParams(**learnt, v_threshold=4.0), "qkv": LIFParams(**learnt, surrogate=Sigmoid(4.0))}
         yield Sample("currents", {**q, **neurons})
         turned = {arg: _tokens_of_channels(x) for arg, x in q.items()}
