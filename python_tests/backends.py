@@ -27,12 +27,12 @@ def _ops(**launchers: Callable) -> Iterator[None]:
 
 
 def through(op: str, launchers: Any) -> Callable:
-    """A callable with the signature and gradients of operator `op` whose kernels are `launchers.<op>_fwd`, `_bwd`.
+    """A callable with the signature and gradients of operator `op`, by the kernels registered for it, of `launchers`.
 
     The operator's module must hold its autograd formula as `_setup_context` and `_backward`.
     """
-    module = importlib.import_module(f"spikecore.ops.{op}")
-    fwd, bwd = f"{op}_fwd", f"{op}_bwd"
+    module = importlib.import_module(CASES[op].op.__module__)
+    fwd, bwd = CASES[op].registered
 
     class Through(torch.autograd.Function):
         @staticmethod
@@ -53,22 +53,26 @@ def through(op: str, launchers: Any) -> Callable:
     return call
 
 
-def results(case: Case, op: Callable, sample: Sample, seed: int = 0) -> dict[str, Tensor | None]:
-    """Outputs and the gradients of every differentiable input, under random gradients of every output."""
+def results(case: Case, op: Callable, sample: Sample, seed: int = 0, grid: bool = False) -> dict[str, Tensor | None]:
+    """Outputs and the gradients of every differentiable input, under random gradients of every output.
+
+    grid: these are multiples of 1/64, so that sums of them are exact in any order.
+    """
     sample, leaves = sample.leaves()
     outputs = op(**sample.arguments)
     g = torch.Generator().manual_seed(seed)
     ends = [o for o in outputs if o.requires_grad]
-    upstream = [torch.randn(o.shape, generator=g).to(o.dtype) for o in ends]
+    randoms = [torch.randn(o.shape, generator=g) for o in ends]
+    upstream = [((64 * r).round() / 64 if grid else r).to(o.dtype) for o, r in zip(ends, randoms, strict=True)]
     gradients = torch.autograd.grad(ends, list(leaves.values()), upstream, allow_unused=True)
     named = dict(zip(case.outputs(sample), (o.detach() for o in outputs), strict=True))
     return named | {f"grad {name}": g for name, g in zip(leaves, gradients, strict=True)}
 
 
-def assert_same(name: str, op: Callable, sample: Sample) -> None:
+def assert_same(name: str, op: Callable, sample: Sample, grid: bool = False) -> None:
     """`op` gives the numbers of `CASES[name].op`, every output and gradient, without tolerance; and their strides."""
     case = CASES[name]
-    got, want = results(case, op, sample), results(case, case.op, sample)
+    got, want = results(case, op, sample, grid=grid), results(case, case.op, sample, grid=grid)
     assert got.keys() == want.keys()
     for what, w in want.items():
         g = got[what]

@@ -3,4 +3,5 @@
 from golden import (
     models,  # noqa: F401
     neurons,  # noqa: F401
+    qk_attention,  # noqa: F401
 )

@@ -9,6 +9,8 @@ import torch
 from backends import through
 from golden import harness, kinds  # noqa: F401  (registers the runners)
 
+from spikecore.testing.cases import CASES
+
 HERE = pathlib.Path(__file__).parent / "cases"
 
 OPS = [op for op in harness.backends if op]
@@ -17,7 +19,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # run by gpuless/test_golden_trit
 
     interp_guard.install()
     for op in OPS:
-        launchers = importlib.import_module(f"spikecore.triton.{op}")
+        kernels = CASES[op].registered[0].removesuffix("_fwd")
+        launchers = importlib.import_module(f"spikecore.triton.{kernels}")
         harness.backends[op] = {"triton": through(op, launchers)}
 else:
     from gpuless.ops_on_shim import on_shim

@@ -2,10 +2,15 @@
 must move, for benches. A new operator adds a Case; the sweep (python_tests/test_ops.py) then does the rest.
 """
 
-from spikecore.testing.cases import lif
+from spikecore.testing.cases import lif, qk_attention
 from spikecore.testing.cases._case import LAYOUTS, Case, Sample, values
 from spikecore.testing.cases.lif import SURROGATES
 
 __all__ = ["CASES", "LAYOUTS", "SURROGATES", "Case", "Sample", "values"]
 
-CASES: dict[str, Case] = {module.CASE.name: module.CASE for module in (lif,)}
+_ALL = (
+    lif.CASE,
+    qk_attention.CASE,
+    qk_attention.SPIKE_DRIVEN,
+)
+CASES: dict[str, Case] = {case.name: case for case in _ALL}
