@@ -104,6 +104,50 @@ std::string sizes_of(const AttentionShape& s) {
 
 int64_t grain(const AttentionShape& s) { return kGrain / std::max<int64_t>(s.T * s.D * s.D * s.N, 1); }
 
+#ifdef SPK_CUDA
+// On CUDA the currents pass through the kernels of lif: forward leaves one bit a spike, which the attention reads.
+struct Currents {
+  const char* op;
+  const AttentionShape& s;
+  const AttentionNeuron& neuron;
+  const int64_t slice, bytes;  // elements of a slice of time; slices of bits
+
+  Currents(const char* op, const AttentionShape& s, const AttentionNeuron& neuron)
+      : op(op), s(s), neuron(neuron), slice(s.B * s.H * s.D * s.N), bytes((s.T + 7) / 8) {}
+
+  LifNeuron lif() const {
+    LifNeuron p = neuron.lif;
+    p.inner = p.C > 1 ? s.D * s.N : slice;
+    return p;
+  }
+  Tensor contiguous(const Tensor& x, int64_t steps, ScalarType dtype) const {
+    return empty({steps, s.B, s.H, s.D, s.N}, {slice, s.H * s.D * s.N, s.D * s.N, s.N, 1}, dtype, x);
+  }
+  Tensor bits(const Tensor& currents) const {
+    const Tensor x = torch::stable::contiguous(currents);
+    Tensor out = contiguous(x, bytes, ScalarType::Byte), v_last = empty1d(slice, ScalarType::Float, x);
+    const LifFwd p{lif(), s.dtype, s.T, slice, slice, x.const_data_ptr(), nullptr, out.mutable_data_ptr(),
+                   v_last.mutable_data_ptr(), nullptr, nullptr, true};
+    launch_cuda(lif_fwd_cuda, p, x, op, sizes_of(s));
+    return out;
+  }
+  // g_x from the gradient of the spikes, both float; per-neuron gradients of the parameters at g_decay, g_gain or null.
+  void back(const Tensor& currents, const Tensor& g_s, Tensor& g_x, float* g_decay, float* g_gain) const {
+    Tensor x = contiguous(currents, s.T, ScalarType::Float), g = g_x;
+    torch::stable::copy_(x, currents);
+    const bool direct = s.dtype == DType::f32 && g_x.is_contiguous();
+    if (!direct) g = contiguous(currents, s.T, ScalarType::Float);
+    LifBwd p{lif(), DType::f32, s.T, slice, slice, x.const_data_ptr(), nullptr, g_s.const_data_ptr(), nullptr, nullptr, nullptr,
+             g.mutable_data_ptr(), g_decay, g_gain, nullptr, neuron.detach, neuron.surrogate, neuron.a, neuron.b, nullptr,
+             lif_bwd_steps(DType::f32, s.T)};
+    Tensor checkpoints = empty1d((s.T - 1) / p.steps * slice, ScalarType::Float, x);
+    p.checkpoints = checkpoints.mutable_data_ptr<float>();
+    launch_cuda(lif_bwd_cuda, p, x, op, sizes_of(s));
+    if (!direct) torch::stable::copy_(g_x, g);
+  }
+};
+#endif
+
 Tensor spiking_self_attention_fwd(Tensor q, Tensor k, Tensor v, OptTensor decay_h, OptTensor gain_h, OptTensor qkv_decay_h,
                                   OptTensor qkv_gain_h, double scale, int64_t T, Numbers attn, Numbers qkv) {
   const char* op = "spiking_self_attention";
@@ -120,6 +164,11 @@ Tensor spiking_self_attention_fwd(Tensor q, Tensor k, Tensor v, OptTensor decay_
                             nullptr};
 #ifdef SPK_CUDA
   if (on_gpu(q)) {
+    if (shape.currents) {
+      const Currents currents(op, shape, p.qkv);
+      q = currents.bits(q), k = currents.bits(k), v = currents.bits(v);
+      p.q = in(q), p.k = in(k), p.v = in(v);
+    }
     Tensor scratch = empty1d(spiking_self_attention_fwd_scratch(shape), ScalarType::Float, q);
     p.scratch = scratch.mutable_data_ptr<float>();
     launch_cuda(spiking_self_attention_fwd_cuda, p, q, op, sizes_of(shape));
@@ -130,15 +179,15 @@ Tensor spiking_self_attention_fwd(Tensor q, Tensor k, Tensor v, OptTensor decay_
   return s;
 }
 
-// Sum a parameter's gradients [B, H] over its heads.
-Tensor reduce(const Tensor& per_head, const Tensor& parameter, const AttentionShape& s) {
+// Sum a parameter's gradients, [B, H] or [3, B, H, D, N] with `inner` = D N, over its heads.
+Tensor reduce(const Tensor& per_head, const Tensor& parameter, const AttentionShape& s, int64_t inner) {
   const ScalarType state = per_head.scalar_type();
   const bool scalar = parameter.dim() == 0;
   Tensor out = scalar ? empty({}, {}, state, per_head) : empty1d(s.H, state, per_head);
   LifReduce p{state == ScalarType::Double ? DType::f64 : DType::f32,
-              s.B * s.H,
+              per_head.numel(),
               scalar ? 1 : s.H,
-              scalar ? s.B * s.H : 1,
+              scalar ? per_head.numel() : inner,
               per_head.const_data_ptr(),
               out.mutable_data_ptr(),
               nullptr};
@@ -188,6 +237,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spiking_self_
     }
     return {g_q, g_k, g_v, g[0], g[1], g[2], g[3]};
   }
+  int64_t inner = 1;  // of the gradients of qkv's parameters
   const auto target = [&](int i) { return need[i] ? g[i].mutable_data_ptr() : nullptr; };
   SpikingSelfAttentionBwd p{shape,    neuron(op, "attn", attn, attn_p),
                             neuron(op, "qkv", qkv, qkv_p),
@@ -199,14 +249,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spiking_self_
                             target(3), nullptr};
 #ifdef SPK_CUDA
   if (on_gpu(q)) {
+    const Currents currents(op, shape, p.qkv);
+    Tensor x[3] = {q, k, v}, g_x[3] = {g_q, g_k, g_v};
+    if (shape.currents) {
+      q = currents.bits(q), k = currents.bits(k), v = currents.bits(v);
+      p.q = in(q), p.k = in(k), p.v = in(v);
+      SequenceOut* const g_s[3] = {&p.g_q, &p.g_k, &p.g_v};
+      for (int i = 0; i < 3; ++i) {
+        g_x[i] = currents.contiguous(q, shape.T, ScalarType::Float);
+        *g_s[i] = out(g_x[i]);
+      }
+    }
     Tensor scratch = empty1d(spiking_self_attention_bwd_scratch(shape), ScalarType::Float, q);
     p.scratch = scratch.mutable_data_ptr<float>();
     launch_cuda(spiking_self_attention_bwd_cuda, p, q, op, sizes_of(shape));
+    if (shape.currents) {
+      Tensor* const results[3] = {&g_q, &g_k, &g_v};
+      float* per_neuron[2] = {nullptr, nullptr};
+      for (int i = 0; i < 2; ++i) {
+        if (!need[2 + i]) continue;
+        g[2 + i] = empty1d(3 * currents.slice, state, q);
+        per_neuron[i] = g[2 + i].mutable_data_ptr<float>();
+      }
+      for (int i = 0; i < 3; ++i) {
+        const auto at = [&](int j) { return per_neuron[j] ? per_neuron[j] + i * currents.slice : nullptr; };
+        currents.back(x[i], g_x[i], *results[i], at(0), at(1));
+      }
+      inner = shape.D * shape.N;
+    }
   } else
 #endif
     launch_cpu(spiking_self_attention_bwd_cpu(), p, shape.B * shape.H, grain(shape), op, sizes_of(shape));
   for (int i = 0; i < 4; ++i)
-    if (need[i]) g[i] = reduce(g[i], **parameters[i], shape);
+    if (need[i]) g[i] = reduce(g[i], **parameters[i], shape, i < 2 ? 1 : inner);
   return {g_q, g_k, g_v, g[0], g[1], g[2], g[3]};
 }
 

@@ -36,7 +36,7 @@ struct SpikingSelfAttentionFwd {
   AttentionNeuron attn, qkv;
   SequenceIn q, k, v;
   SequenceOut out;
-  void* scratch;  // CUDA: ssa_fwd_scratch bytes
+  void* scratch;  // CUDA: spiking_self_attention_fwd_scratch floats
 };
 
 struct SpikingSelfAttentionBwd {
@@ -45,7 +45,7 @@ struct SpikingSelfAttentionBwd {
   SequenceIn q, k, v, g_out;
   SequenceOut g_q, g_k, g_v;
   void *g_decay, *g_gain, *g_qkv_decay, *g_qkv_gain;  // [B, H] state type, or null
-  void* scratch;                                      // CUDA: ssa_bwd_scratch bytes
+  void* scratch;                                      // CUDA: spiking_self_attention_bwd_scratch floats
 };
 
 using SpikingSelfAttentionFwdFn = int(const SpikingSelfAttentionFwd&, int64_t begin, int64_t end);  // heads [begin, end)
@@ -61,5 +61,12 @@ SPK_EACH_ISA(SPK_DECLARE)
 
 SpikingSelfAttentionFwdFn* spiking_self_attention_fwd_cpu();
 SpikingSelfAttentionBwdFn* spiking_self_attention_bwd_cpu();
+
+// CUDA launchers: return a cudaError_t as int. From currents, q, k and v hold the bits of their neurons, and backward
+// gives float gradients of those spikes. Scratch is counted in floats.
+int spiking_self_attention_fwd_cuda(const SpikingSelfAttentionFwd& p, void* stream);
+int spiking_self_attention_bwd_cuda(const SpikingSelfAttentionBwd& p, void* stream);
+int64_t spiking_self_attention_fwd_scratch(const AttentionShape& s);
+int64_t spiking_self_attention_bwd_scratch(const AttentionShape& s);
 
 }  // namespace spk

@@ -16,7 +16,7 @@ namespace {
 
 #define SPK_NOINLINE __attribute__((noinline))
 // Accumulators stay in registers only where the loops over them are gone.
-#define SPK_UNROLL _Pragma("GCC unroll 8")
+#define SPK_UNROLL _Pragma("GCC unroll 16")
 
 template <class A>
 struct Lanes {
@@ -95,17 +95,44 @@ inline void dot_tile(const A* x, const A* y, int64_t ld, int64_t n, A* out, int6
         sum[r][c] += *reinterpret_cast<const V*>(x + r * ld + j) * *reinterpret_cast<const V*>(y + c * ld + j);
     }
   }
+  alignas(64) A s[R * C * L];
+#if defined(__AVX512F__)
+  if (R * C == 16 && L == 16) {  // the same tree for 16 sums at once: halves of two vectors meet in one
+    typedef int32_t I __attribute__((vector_size(64)));
+    const I low[4] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
+                      {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
+                      {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
+                      {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}};
+    const int place[16] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};  // of the sum of each vector
+    typedef float F __attribute__((vector_size(64), may_alias));
+    F m[16];
+    SPK_UNROLL
+    for (int i = 0; i < 16; ++i) m[i] = (F)sum[i / C][i % C];
+    SPK_UNROLL
+    for (int level = 0, width = 8; level < 4; ++level, width /= 2) {
+      const I high = low[level] + width;
+      SPK_UNROLL
+      for (int i = 0; i < width; ++i) m[i] = __builtin_shuffle(m[2 * i], m[2 * i + 1], low[level]) + __builtin_shuffle(m[2 * i], m[2 * i + 1], high);
+    }
+    *reinterpret_cast<F*>(s) = m[0];
+    for (int i = 0; i < 16; ++i) {
+      A& d = out[i / C * out_ld + i % C];
+      d = add ? d + s[place[i]] : s[place[i]];
+    }
+    return;
+  }
+#endif
   SPK_UNROLL
   for (int r = 0; r < R; ++r) {
     SPK_UNROLL
-    for (int c = 0; c < C; ++c) {
-      alignas(64) A s[L];
-      *reinterpret_cast<V*>(s) = sum[r][c];
-      for (int width = L / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) s[i] += s[i + width];
-      A& d = out[r * out_ld + c];
-      d = add ? d + s[0] : s[0];
-    }
+    for (int c = 0; c < C; ++c) reinterpret_cast<V*>(s)[r * C + c] = sum[r][c];
+  }
+  for (int i = 0; i < R * C; ++i) {
+    A* const lane = s + i * L;
+    for (int width = L / 2; width > 0; width /= 2)
+      for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+    A& d = out[i / C * out_ld + i % C];
+    d = add ? d + lane[0] : lane[0];
   }
 }
 
