@@ -130,6 +130,26 @@ def fill(seed: int, name: str, shape: list[int], rule: list, dtype: torch.dtype 
     return torch.from_numpy(u).to(dtype)
 
 
+def fill_state(target: torch.nn.Module | dict[str, Tensor], case: Case) -> None:
+    """The case's state by its rules: into a module (whose keys must all be there; it need not have all), or a dict."""
+    state = {}
+    for entry in case.data["state"]:
+        key, rule = entry["key"], entry["fill"]
+        if rule == ["stored"]:
+            state[key] = case.tensors[f"state.{key}"]
+        else:
+            state[key] = fill(case.data["case_seed"], key, entry["shape"], rule, getattr(torch, entry["dtype"]))
+    if isinstance(target, torch.nn.Module):
+        target.load_state_dict({key: state[key] for key in target.state_dict()})
+    else:
+        target.update(state)
+
+
+def loss_weight(case: Case, out: Tensor) -> Tensor:
+    """The W of a train run's loss, sum(out * W)."""
+    return fill(case.data["case_seed"], "loss_weight", list(out.shape), ["uniform", -1, 1])
+
+
 def probe(t: Tensor, seed: int, tag: str) -> float:
     """The ``dot`` of a statistics record: t against the rule's weights in [-1, 1), in float64."""
     w = torch.from_numpy(2 * uniform(seed, f"probe:{tag}", [t.numel()]) - 1)

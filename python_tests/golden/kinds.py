@@ -2,4 +2,5 @@
 
 from golden import (
     neurons,  # noqa: F401
+    spiking_self_attention,  # noqa: F401
 )
