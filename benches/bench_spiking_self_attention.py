@@ -55,7 +55,11 @@ def spikingjelly(device: str) -> Attention:
 
     def node(v_threshold: float) -> torch.nn.Module:
         return neuron.LIFNode(
-            tau=2.0, v_threshold=v_threshold, surrogate_function=surrogate.Sigmoid(4.0), detach_reset=True, step_mode="m"
+            tau=2.0,
+            v_threshold=v_threshold,
+            surrogate_function=surrogate.Sigmoid(4.0),
+            detach_reset=True,
+            step_mode="m",
         ).to(device)
 
     attn, qkv = node(0.5), [node(1.0) for _ in range(3)]
@@ -108,7 +112,9 @@ def _problem(
         calls = {n: partial(_inference, f, x) for n, f in runs.items()}
         if kind == "packed":
             given, extra = [pack_spikes(t) for t in x], {"T": shape[0]}
-            calls["spikecore"] = partial(_inference, partial(spiking_self_attention, scale=SCALE, attn=ATTN, **extra), given)
+            calls["spikecore"] = partial(
+                _inference, partial(spiking_self_attention, scale=SCALE, attn=ATTN, **extra), given
+            )
     must = CASES["spiking_self_attention"].bytes_moved(Sample(name, {"q": given[0], **extra}))
     return Problem(
         name=name,

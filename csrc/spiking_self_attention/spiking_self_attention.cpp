@@ -33,9 +33,7 @@ void check_operands(const char* op, const Tensor& q, const Tensor& k, const Tens
   }
 }
 
-ScalarType state_type(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
+ScalarType state_type(const Tensor& q) { return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 void check_parameter(const char* op, const char* arg, const OptTensor& p, const Tensor& q) {
   if (!p) return;
@@ -126,8 +124,9 @@ struct Currents {
   Tensor bits(const Tensor& currents) const {
     const Tensor x = torch::stable::contiguous(currents);
     Tensor out = contiguous(x, bytes, ScalarType::Byte), v_last = empty1d(slice, ScalarType::Float, x);
-    const LifFwd p{lif(), s.dtype, s.T, slice, slice, x.const_data_ptr(), nullptr, out.mutable_data_ptr(),
-                   v_last.mutable_data_ptr(), nullptr, nullptr, true};
+    const LifFwd p{
+        lif(),   s.dtype, s.T, slice, slice, x.const_data_ptr(), nullptr, out.mutable_data_ptr(), v_last.mutable_data_ptr(),
+        nullptr, nullptr, true};
     launch_cuda(lif_fwd_cuda, p, x, op, sizes_of(s));
     return out;
   }
@@ -137,8 +136,26 @@ struct Currents {
     torch::stable::copy_(x, currents);
     const bool direct = s.dtype == DType::f32 && g_x.is_contiguous();
     if (!direct) g = contiguous(currents, s.T, ScalarType::Float);
-    LifBwd p{lif(), DType::f32, s.T, slice, slice, x.const_data_ptr(), nullptr, g_s.const_data_ptr(), nullptr, nullptr, nullptr,
-             g.mutable_data_ptr(), g_decay, g_gain, nullptr, neuron.detach, neuron.surrogate, neuron.a, neuron.b, nullptr,
+    LifBwd p{lif(),
+             DType::f32,
+             s.T,
+             slice,
+             slice,
+             x.const_data_ptr(),
+             nullptr,
+             g_s.const_data_ptr(),
+             nullptr,
+             nullptr,
+             nullptr,
+             g.mutable_data_ptr(),
+             g_decay,
+             g_gain,
+             nullptr,
+             neuron.detach,
+             neuron.surrogate,
+             neuron.a,
+             neuron.b,
+             nullptr,
              lif_bwd_steps(DType::f32, s.T)};
     Tensor checkpoints = empty1d((s.T - 1) / p.steps * slice, ScalarType::Float, x);
     p.checkpoints = checkpoints.mutable_data_ptr<float>();
@@ -160,7 +177,7 @@ Tensor spiking_self_attention_fwd(Tensor q, Tensor k, Tensor v, OptTensor decay_
   const Parameters attn_p(decay_h, gain_h, q), qkv_p(qkv_decay_h, qkv_gain_h, q);
   Tensor s = Slices(q).empty_sequence(q.size(0), q.scalar_type(), q);
   if (q.numel() == 0) return s;
-  SpikingSelfAttentionFwd p{shape, neuron(op, "attn", attn, attn_p), neuron(op, "qkv", qkv, qkv_p), in(q), in(k), in(v), out(s),
+  SpikingSelfAttentionFwd p{shape,  neuron(op, "attn", attn, attn_p), neuron(op, "qkv", qkv, qkv_p), in(q), in(k), in(v), out(s),
                             nullptr};
 #ifdef SPK_CUDA
   if (on_gpu(q)) {
@@ -214,8 +231,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spiking_self_
   check_parameter(op, "attn.gain", gain_h, q);
   check_parameter(op, "qkv.decay", qkv_decay_h, q);
   check_parameter(op, "qkv.gain", qkv_gain_h, q);
-  SPK_CHECK((decay_h || !need_decay) && (gain_h || !need_gain) && (qkv_decay_h || !need_qkv_decay) && (qkv_gain_h || !need_qkv_gain),
-            op, ": a gradient was asked for a parameter that is no tensor");
+  SPK_CHECK(
+      (decay_h || !need_decay) && (gain_h || !need_gain) && (qkv_decay_h || !need_qkv_decay) && (qkv_gain_h || !need_qkv_gain), op,
+      ": a gradient was asked for a parameter that is no tensor");
   const AttentionShape shape = shape_of(q, 0, !qkv.empty(), scale);
   const Parameters attn_p(decay_h, gain_h, q), qkv_p(qkv_decay_h, qkv_gain_h, q);
   const ScalarType state = state_type(q);
@@ -239,14 +257,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> spiking_self_
   }
   int64_t inner = 1;  // of the gradients of qkv's parameters
   const auto target = [&](int i) { return need[i] ? g[i].mutable_data_ptr() : nullptr; };
-  SpikingSelfAttentionBwd p{shape,    neuron(op, "attn", attn, attn_p),
+  SpikingSelfAttentionBwd p{shape,
+                            neuron(op, "attn", attn, attn_p),
                             neuron(op, "qkv", qkv, qkv_p),
-                            in(q),    in(k),
-                            in(v),    in(g_out),
-                            out(g_q), out(g_k),
-                            out(g_v), target(0),
-                            target(1), target(2),
-                            target(3), nullptr};
+                            in(q),
+                            in(k),
+                            in(v),
+                            in(g_out),
+                            out(g_q),
+                            out(g_k),
+                            out(g_v),
+                            target(0),
+                            target(1),
+                            target(2),
+                            target(3),
+                            nullptr};
 #ifdef SPK_CUDA
   if (on_gpu(q)) {
     const Currents currents(op, shape, p.qkv);

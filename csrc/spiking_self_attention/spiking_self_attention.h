@@ -51,8 +51,8 @@ struct SpikingSelfAttentionBwd {
 using SpikingSelfAttentionFwdFn = int(const SpikingSelfAttentionFwd&, int64_t begin, int64_t end);  // heads [begin, end)
 using SpikingSelfAttentionBwdFn = int(const SpikingSelfAttentionBwd&, int64_t begin, int64_t end);
 
-#define SPK_DECLARE(isa)                            \
-  namespace isa {                                   \
+#define SPK_DECLARE(isa)                                \
+  namespace isa {                                       \
   SpikingSelfAttentionFwdFn spiking_self_attention_fwd; \
   SpikingSelfAttentionBwdFn spiking_self_attention_bwd; \
   }

@@ -33,8 +33,8 @@ constexpr int kRows = 4, kVectors = 1, kDotRows = 2, kDotColumns = 2;
 constexpr int kRows = 2, kVectors = 1, kDotRows = 1, kDotColumns = 2;
 #endif
 
-constexpr int kPad = 16;             // rows of a tile are padded with zeros to whole lanes
-constexpr int64_t kHeld = 1 << 18;   // numbers of a chunk over all steps that backward holds, about
+constexpr int kPad = 16;                     // rows of a tile are padded with zeros to whole lanes
+constexpr int64_t kHeld = 1 << 18;           // numbers of a chunk over all steps that backward holds, about
 constexpr int64_t kLeast = 64, kMost = 256;  // columns of a chunk
 
 int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
@@ -112,7 +112,8 @@ inline void dot_tile(const A* x, const A* y, int64_t ld, int64_t n, A* out, int6
     for (int level = 0, width = 8; level < 4; ++level, width /= 2) {
       const I high = low[level] + width;
       SPK_UNROLL
-      for (int i = 0; i < width; ++i) m[i] = __builtin_shuffle(m[2 * i], m[2 * i + 1], low[level]) + __builtin_shuffle(m[2 * i], m[2 * i + 1], high);
+      for (int i = 0; i < width; ++i)
+        m[i] = __builtin_shuffle(m[2 * i], m[2 * i + 1], low[level]) + __builtin_shuffle(m[2 * i], m[2 * i + 1], high);
     }
     *reinterpret_cast<F*>(s) = m[0];
     for (int i = 0; i < 16; ++i) {
@@ -149,6 +150,50 @@ void dots(const A* x, const A* y, int64_t ld, int64_t n, int64_t D, A* out, int6
   for (; r + kDotRows <= D; r += kDotRows) dot_rows<kDotRows>(x + r * ld, y, ld, n, D, out + r * out_ld, out_ld, add);
   for (; r < D; ++r) dot_rows<1>(x + r * ld, y, ld, n, D, out + r * out_ld, out_ld, add);
 }
+
+// ---- products of spikes --------------------------------------------------------------------------------------------
+
+constexpr int kWords = kMost / 64;  // of a row's bits
+
+#if defined(__AVX512F__)
+// Counting bits of whole registers is beyond what this object is compiled for.
+bool counts_bits() { return __builtin_cpu_supports("avx512vpopcntdq"); }
+
+// Rows of n numbers to bits, word w of row r at bits[r * row_step + w * word_step]; false where one is neither 0 nor 1.
+SPK_NOINLINE bool to_bits(uint64_t* bits, int64_t row_step, int64_t word_step, const float* s, int64_t row, int64_t D, int64_t n) {
+  const __m512 one = _mm512_set1_ps(1.f), zero = _mm512_setzero_ps();
+  __mmask16 spikes = 0xffff;
+  for (int64_t r = 0; r < D; ++r, s += row)
+    for (int w = 0; w < kWords; ++w) {
+      uint64_t word = 0;
+      for (int64_t j = w * 64; j < n && j < w * 64 + 64; j += 16) {
+        const __mmask16 within = n - j < 16 ? __mmask16((1u << (n - j)) - 1) : __mmask16(0xffff);
+        const __m512 x = _mm512_maskz_loadu_ps(within, s + j);
+        const __mmask16 fired = _mm512_cmp_ps_mask(x, one, _CMP_EQ_OQ);
+        spikes &= fired | _mm512_cmp_ps_mask(x, zero, _CMP_EQ_OQ);
+        word |= uint64_t(fired) << (j - w * 64);
+      }
+      bits[r * row_step + w * word_step] = word;
+    }
+  return spikes == 0xffff;
+}
+
+// out[r, c] (+)= bits that x[r] and y[c] share; x: [D, kWords], y: [kWords, padded D].
+__attribute__((target("avx512vpopcntdq"))) SPK_NOINLINE void count_bits(const uint64_t* x, const uint64_t* y, int64_t D, int words,
+                                                                        float* out, int64_t ld, bool add) {
+  for (int64_t r = 0; r < D; ++r)
+    for (int64_t c = 0; c < D; c += 8) {
+      __m512i sum = _mm512_setzero_si512();
+      for (int w = 0; w < words; ++w) {
+        const __m512i both = _mm512_and_si512(_mm512_set1_epi64(int64_t(x[r * kWords + w])), _mm512_loadu_si512(y + w * ld + c));
+        sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(both));
+      }
+      float* const d = out + r * ld + c;
+      const __m256 count = _mm512_cvtepi64_ps(sum);
+      _mm256_storeu_ps(d, add ? _mm256_add_ps(_mm256_loadu_ps(d), count) : count);
+    }
+}
+#endif
 
 // ---- rows of neurons -----------------------------------------------------------------------------------------------
 
@@ -270,8 +315,7 @@ SPK_NOINLINE void load_bits(A* d, int64_t ld, const uint8_t* s, int bit, int64_t
 template <class A>
 SPK_NOINLINE void store_bits(uint8_t* d, int bit, int64_t row, int64_t column, const A* s, int64_t ld, int64_t D, int64_t n) {
   for (int64_t r = 0; r < D; ++r, d += row, s += ld)
-    for (int64_t i = 0; i < n; ++i)
-      d[i * column] = uint8_t((bit ? d[i * column] : 0) | (s[i] != 0 ? 1 << bit : 0));
+    for (int64_t i = 0; i < n; ++i) d[i * column] = uint8_t((bit ? d[i * column] : 0) | (s[i] != 0 ? 1 << bit : 0));
 }
 
 // ---- one head ------------------------------------------------------------------------------------------------------
@@ -402,9 +446,12 @@ struct Head {
   const AttentionShape& s;
   Chunk<A> chunk;
   const int64_t kv_ld, kv_size;
+  uint64_t* bits = nullptr;  // [D, kWords] of k and [kWords, kv_ld] of v
 
   explicit Head(const P& p) : p(p), s(p.shape), chunk(p.shape), kv_ld(padded(s.D)), kv_size(s.D * kv_ld) {}
 
+  // What the scratch space of `bits` takes, in numbers.
+  int64_t bits_size() const { return 2 * kWords * (s.D + kv_ld); }
   // Spikes of step t of an operand into s; from currents also its potentials v, and h unless null.
   void spikes(const SequenceIn& x, int64_t t, const Cell<A>& cell, A* v, A* h, A* out, A* row) const {
     chunk.load(out, x, t);
@@ -419,12 +466,44 @@ struct Head {
         chunk.rest(v_state, cell);
       }
       for (int64_t t = 0; t < s.T; ++t) {
-        spikes(p.k, t, cell, k_state, nullptr, k, row);
-        spikes(p.v, t, cell, v_state, nullptr, v, row);
-        dots(k, v, chunk.ld, padded(chunk.n), s.D, kv + t * kv_size, kv_ld, first > 0);
+        A* const out = kv + t * kv_size;
+        if (count(t, cell, out, k, v, k_state, v_state, row, first > 0)) continue;
+        if (!s.currents) {
+          chunk.load(k, p.k, t);
+          chunk.load(v, p.v, t);
+        }
+        dots(k, v, chunk.ld, padded(chunk.n), s.D, out, kv_ld, first > 0);
       }
     }
   }
+  // The same by bits, where k and v hold spikes; from currents their tiles do, afterwards, whatever this returns.
+  bool count(int64_t t, const Cell<A>& cell, A* kv, A* k, A* v, A* k_state, A* v_state, A* row, bool add) const {
+    if (s.currents) {
+      spikes(p.k, t, cell, k_state, nullptr, k, row);
+      spikes(p.v, t, cell, v_state, nullptr, v, row);
+    }
+    return count_spikes(t, kv, k, v, add);
+  }
+  bool count_spikes(int64_t, double*, double*, double*, bool) const { return false; }
+  bool count_spikes(int64_t t, float* kv, float* k, float* v, bool add) const {
+#if defined(__AVX512F__)
+    if (!bits || !counts_bits()) return false;
+    uint64_t *const k_bits = bits, *const v_bits = bits + s.D * kWords;
+    return read_bits(k_bits, kWords, 1, p.k, t, k) && read_bits(v_bits, 1, kv_ld, p.v, t, v) &&
+           (count_bits(k_bits, v_bits, s.D, int((chunk.n + 63) / 64), kv, kv_ld, add), true);
+#else
+    (void)t, (void)kv, (void)k, (void)v, (void)add;
+    return false;
+#endif
+  }
+#if defined(__AVX512F__)
+  bool read_bits(uint64_t* out, int64_t row_step, int64_t word_step, const SequenceIn& x, int64_t t, float* tile) const {
+    const bool direct = !s.currents && !s.packed && s.dtype == DType::f32 && x.column == 1;
+    if (!direct && !s.currents) chunk.load(tile, x, t);
+    const float* const from = direct ? static_cast<const float*>(x.data) + chunk.offset(x, t) : tile;
+    return to_bits(out, row_step, word_step, from, direct ? x.row : chunk.ld, s.D, chunk.n);
+  }
+#endif
   // y[e, n] = sum over d of kv[d, e] q[d, n].
   void query(const A* kv, const A* q, A* y) const { product(kv, 1, kv_ld, s.D, s.D, q, y, chunk.ld, padded(chunk.n)); }
 };
@@ -434,10 +513,11 @@ int forward(const SpikingSelfAttentionFwd& p, int64_t begin, int64_t end) {
   Head<A, SpikingSelfAttentionFwd> head(p);
   Chunk<A>& chunk = head.chunk;
   const AttentionShape& s = p.shape;
-  Scratch<A> scratch(s.T * head.kv_size + 4 * chunk.tile + chunk.ld);
+  Scratch<A> scratch(head.bits_size() + s.T * head.kv_size + 4 * chunk.tile + chunk.ld);
   if (!scratch.base) return kOutOfMemory;
   A *const kv = scratch.take(s.T * head.kv_size), *const one = scratch.take(chunk.tile), *const two = scratch.take(chunk.tile),
-          *const state1 = scratch.take(chunk.tile), *const state2 = scratch.take(chunk.tile), *const row = scratch.take(chunk.ld);
+           *const state1 = scratch.take(chunk.tile), *const state2 = scratch.take(chunk.tile), *const row = scratch.take(chunk.ld);
+  head.bits = reinterpret_cast<uint64_t*>(scratch.take(head.bits_size()));
   for (int64_t i = begin; i < end; ++i) {
     chunk.at_head(i);
     const Cell<A> attn(p.attn, chunk.head), qkv(p.qkv, chunk.head);
@@ -463,13 +543,14 @@ int backward(const SpikingSelfAttentionBwd& p, int64_t begin, int64_t end) {
   Chunk<A>& chunk = head.chunk;
   const AttentionShape& s = p.shape;
   const int64_t tile = chunk.tile, sequence = s.T * tile;
-  Scratch<A> scratch(2 * s.T * head.kv_size + 4 * sequence + 4 * tile + 2 * chunk.ld);
+  Scratch<A> scratch(head.bits_size() + 2 * s.T * head.kv_size + 4 * sequence + 4 * tile + 2 * chunk.ld);
   if (!scratch.base) return kOutOfMemory;
   A *const kv = scratch.take(s.T * head.kv_size), *const g_kv = scratch.take(s.T * head.kv_size);
   // Two operands over time and the potentials of two neurons; gradients, or two states while time goes forward.
   A *const one = scratch.take(sequence), *const two = scratch.take(sequence), *const h_one = scratch.take(sequence),
-          *const h_two = scratch.take(sequence), *const g_one = scratch.take(tile), *const g_two = scratch.take(tile),
-          *const state1 = scratch.take(tile), *const state2 = scratch.take(tile), *const rows = scratch.take(2 * chunk.ld);
+           *const h_two = scratch.take(sequence), *const g_one = scratch.take(tile), *const g_two = scratch.take(tile),
+           *const state1 = scratch.take(tile), *const state2 = scratch.take(tile), *const rows = scratch.take(2 * chunk.ld);
+  head.bits = reinterpret_cast<uint64_t*>(scratch.take(head.bits_size()));
   const bool qkv_gain = s.currents && p.g_qkv_gain, qkv_decay = s.currents && p.g_qkv_decay;
 
   for (int64_t i = begin; i < end; ++i) {

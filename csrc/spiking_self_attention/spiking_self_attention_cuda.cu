@@ -101,8 +101,8 @@ __device__ __forceinline__ void multiply(Own& sum, const Panel& a, const Panel& 
 
 // sum[r, n] = over c of m[r, c] x[c, n] of the tile at (r0, n0); m: [D, D] at `matrix`, element (r, c) at r row + c column.
 __device__ __forceinline__ void matrix_times(Own& sum, const float* matrix, int64_t row, int64_t column, const Operand& o,
-                                             const AttentionShape& s, const Place& at, int64_t t, int64_t r0, int64_t n0,
-                                             Panel& a, Panel& b) {
+                                             const AttentionShape& s, const Place& at, int64_t t, int64_t r0, int64_t n0, Panel& a,
+                                             Panel& b) {
 #pragma unroll
   for (int i = 0; i < kOwn; ++i)
 #pragma unroll
@@ -172,8 +172,8 @@ __device__ __forceinline__ Cell cell_of(const LifNeuron& p, const Neuron<float>&
 }
 
 // Block (head, columns, rows): the tile's neurons go through time with their potentials in registers.
-__global__ void __launch_bounds__(kBlock) ssa_fwd_kernel(const SpikingSelfAttentionFwd p, const Operand q, const Neuron<float> c,
-                                                         bool bits_out) {
+__global__ void __launch_bounds__(kBlock)
+    ssa_fwd_kernel(const SpikingSelfAttentionFwd p, const Operand q, const Neuron<float> c, bool bits_out) {
   SPK_SHARED(float, a, [kDepth][kTile]);
   SPK_SHARED(float, b, [kDepth][kTile]);
   const AttentionShape& s = p.shape;
@@ -218,9 +218,9 @@ __global__ void __launch_bounds__(kBlock) ssa_fwd_kernel(const SpikingSelfAttent
 
 // As forward, leaving h in g_y: [B, H, T, D, N]; then back through time, which puts the gradient of y there. Sums of the
 // parameters' gradients of a block go to partial: [2, B * H, blocks of a head].
-__global__ void __launch_bounds__(kBlock) ssa_bwd_neuron_kernel(const SpikingSelfAttentionBwd p, const Operand q,
-                                                                const Neuron<float> c, const float* kv, float* g_y,
-                                                                double* partial) {
+__global__ void __launch_bounds__(kBlock)
+    ssa_bwd_neuron_kernel(const SpikingSelfAttentionBwd p, const Operand q, const Neuron<float> c, const float* kv, float* g_y,
+                          double* partial) {
   SPK_SHARED(float, a, [kDepth][kTile]);
   SPK_SHARED(float, b, [kDepth][kTile]);
   SPK_SHARED(double, sums, [kBlock]);
@@ -314,9 +314,9 @@ __global__ void ssa_bwd_sum_kernel(const double* partial, float* g_decay, float*
 }
 
 // Block (head, columns, t and rows): out = m x, m: [D, D] of step t of the head, its element (r, c) at r row + c column.
-__global__ void __launch_bounds__(kBlock) ssa_bwd_product_kernel(const AttentionShape s, const float* m, int64_t row,
-                                                                 int64_t column, const Operand x, const SequenceOut out,
-                                                                 DType dtype) {
+__global__ void __launch_bounds__(kBlock)
+    ssa_bwd_product_kernel(const AttentionShape s, const float* m, int64_t row, int64_t column, const Operand x,
+                           const SequenceOut out, DType dtype) {
   SPK_SHARED(float, a, [kDepth][kTile]);
   SPK_SHARED(float, b, [kDepth][kTile]);
   const Place at = place_of(blockIdx.x, s);

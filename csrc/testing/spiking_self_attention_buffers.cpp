@@ -12,8 +12,7 @@ void add(const AttentionNeuron& p) {
 // From the first to the last element; strides are not negative.
 template <class P>
 void add(const Sequence<P>& x, const AttentionShape& s, int64_t steps, int64_t size, const char* name, bool read_only) {
-  const int64_t last =
-      (steps - 1) * x.step + (s.B - 1) * x.batch + (s.H - 1) * x.head + (s.D - 1) * x.row + (s.N - 1) * x.column;
+  const int64_t last = (steps - 1) * x.step + (s.B - 1) * x.batch + (s.H - 1) * x.head + (s.D - 1) * x.row + (s.N - 1) * x.column;
   shim_buffer(x.data, last + 1, size, name, read_only);
 }
 

@@ -77,5 +77,7 @@ def self_attention(case: Case, op: Callable) -> Report:
     got = {"input:x": x.grad} | {name: p.grad for name, p in block.named_parameters()}
     stored = {n: want[f"train.grad.{n}"] for n in got if f"train.grad.{n}" in want}
     assert len(stored) > 3
-    report.gradients({n: got[n] for n in stored}, stored, max(g["norm"] for g in results["train"]["grads"].values() if g))
+    report.gradients(
+        {n: got[n] for n in stored}, stored, max(g["norm"] for g in results["train"]["grads"].values() if g)
+    )
     return report

@@ -33,13 +33,15 @@ from spikecore.surrogate import Surrogate
 
 __all__ = ["spiking_self_attention", "spiking_self_attention_ref"]
 
+_ATTN = LIFParams(v_threshold=0.5)
+
 
 def spiking_self_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: float = 0.125,
-    attn: LIFParams = LIFParams(v_threshold=0.5),
+    attn: LIFParams = _ATTN,
     qkv: LIFParams | None = None,
     *,
     T: int | None = None,
@@ -52,7 +54,7 @@ def spiking_self_attention(
             numbers. Or packed spikes, ``uint8 [ceil(T / 8), B, H, D, N]`` (see `pack_spikes`), which need ``T`` and
             carry no gradient. With `qkv`: currents.
         scale: factor of the sums.
-        attn: the neuron at the end.
+        attn: the neuron at the end (default: that of `lif`, at threshold 0.5).
         qkv: the neuron of q, of k and of v, where these are currents. ``decay`` and ``gain`` of both are numbers, 0-d
             tensors or ``[H]``; tensors get gradients.
         T: time steps of packed spikes; None for floats.
@@ -88,7 +90,7 @@ def spiking_self_attention_ref(
     k: Tensor,
     v: Tensor,
     scale: float = 0.125,
-    attn: LIFParams = LIFParams(v_threshold=0.5),
+    attn: LIFParams = _ATTN,
     qkv: LIFParams | None = None,
     *,
     T: int | None = None,

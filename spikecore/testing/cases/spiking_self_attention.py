@@ -1,4 +1,4 @@
-"""The samples of `spiking_self_attention`: spikes, packed spikes, other numbers and currents; every neuron and layout."""
+"""The samples of `spiking_self_attention`: spikes, packed spikes, other numbers, currents; every neuron and layout."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
