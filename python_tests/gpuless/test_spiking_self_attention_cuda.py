@@ -1,4 +1,4 @@
-"""spiking_self_attention's CUDA source without a GPU, on the checked shim: spikes of the CPU kernel, gradients of the rule."""
+"""spiking_self_attention's CUDA source without a GPU: on the checked shim, spikes and gradients of the operator."""
 
 from collections.abc import Iterator
 from dataclasses import replace

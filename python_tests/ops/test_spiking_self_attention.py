@@ -27,7 +27,7 @@ def test_by_hand() -> None:
     out = spiking_self_attention(q, k, v, 0.25, attn)
     assert out.flatten().tolist() == [0, 0, 0, 1, 0, 1]
     out.sum().backward()
-    # The rectangle passes a gradient of 1 where |y - 1/2| < 1/2: everywhere but at y = 0. g_y = [[1, 0, 1], [1, 1, 1]] / 4.
+    # The rectangle passes a gradient of 1 where |y - 1/2| < 1/2; g_y = [[1, 0, 1], [1, 1, 1]] / 4.
     assert (4 * q.grad).flatten().tolist() == [3, 2, 3, 1, 1, 1]
     # g_kv = q g_y^T = [[2, 2], [1, 2]] / 4
     assert (4 * k.grad).flatten().tolist() == [4, 2, 2, 3, 2, 2]

@@ -7,8 +7,8 @@ Per time step, batch entry and head, with ``q, k, v: [D, N]``:
     out      = lif over t of y                                  the neuron ``attn``
 
 With ``qkv`` the three operands are currents and pass through neurons of their own first (`lif` with these parameters),
-inside the kernel: neither their spikes nor ``kv`` are stored, and backward recomputes them from the currents. Zhou et al.
-2023, "Spikformer: When Spiking Neural Network Meets Transformer", equations 5 to 8.
+inside the kernel; nothing but the currents is kept for backward, which recomputes the rest. Zhou et al. 2023,
+"Spikformer: When Spiking Neural Network Meets Transformer", equations 5 to 8.
 """
 
 from __future__ import annotations
