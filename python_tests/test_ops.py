@@ -105,12 +105,13 @@ def test_outputs_lie_as_the_fake_says(case: Case, name: str, dtype: torch.dtype)
     if dtype not in case.dtypes:
         pytest.skip(f"{case.name} does not take {dtype}")
     calls = recorded(case, case.sample(name, dtype))
-    assert [func.overloadpacket._qualified_op_name for func, _, _ in calls] == [
-        f"spikecore::{op}" for op in case.registered
-    ]
+    # A call that returns nothing but bits has no backward.
+    registered = case.registered if calls[0][2][0].is_floating_point() else case.registered[:1]
+    assert [func.overloadpacket._qualified_op_name for func, _, _ in calls] == [f"spikecore::{op}" for op in registered]
     for func, args, real in calls:
         with FakeTensorMode() as mode:
             fake = func(*(mode.from_tensor(t) if isinstance(t, Tensor) else t for t in args))
+        fake = fake if isinstance(fake, tuple) else (fake,)
         for i, (r, f) in enumerate(zip(real, fake, strict=True)):
             assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype), (func, i)
 
@@ -123,7 +124,8 @@ def recorded(case: Case, sample: Sample) -> list[tuple[Any, tuple, Any]]:
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
             out = func(*args, **(kwargs or {}))
             if func.namespace == "spikecore":
-                calls.append((func, tuple(t.detach() if isinstance(t, Tensor) else t for t in args), out))
+                results = out if isinstance(out, tuple) else (out,)
+                calls.append((func, tuple(t.detach() if isinstance(t, Tensor) else t for t in args), results))
             return out
 
     with Recorder():
@@ -254,8 +256,9 @@ def test_unknown_isa_is_one_clear_line() -> None:
 @EACH_OF_FEW
 @pytest.mark.slow
 def test_opcheck(case: Case, name: str) -> None:
-    (forward, args, outputs), (backward, backward_args, _) = recorded(case, case.sample(name))
-    torch.library.opcheck(backward, backward_args)  # it has no derivative of its own
+    (forward, args, outputs), *rest = recorded(case, case.sample(name))
+    for backward, backward_args, _ in rest:
+        torch.library.opcheck(backward, backward_args)  # it has no derivative of its own
     if all(o.is_floating_point() for o in outputs):  # opcheck adds up all outputs, bits (uint8) too
         args = tuple(t.requires_grad_() if isinstance(t, Tensor) else t for t in args)
     torch.library.opcheck(forward, args)

@@ -2,6 +2,7 @@
 #pragma once
 #include "lif/lif.h"
 #include "qk_attention/qk_attention.h"
+#include "spiking_self_attention/spiking_self_attention.h"
 
 namespace spk {
 
@@ -16,5 +17,7 @@ void shim_buffers(const LifReduce& p);
 void shim_buffers(const QkFwd& p);
 void shim_buffers(const QkBwd& p);
 void shim_buffers(const QkReduce& p);
+void shim_buffers(const SpikingSelfAttentionFwd& p);
+void shim_buffers(const SpikingSelfAttentionBwd& p);
 
 }  // namespace spk

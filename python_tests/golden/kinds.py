@@ -4,4 +4,5 @@ from golden import (
     models,  # noqa: F401
     neurons,  # noqa: F401
     qk_attention,  # noqa: F401
+    spiking_self_attention,  # noqa: F401
 )

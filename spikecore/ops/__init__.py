@@ -1,14 +1,33 @@
 """The fused operators; each stands beside its reference in plain PyTorch (`<op>_ref`)."""
 
-from spikecore.ops.lif import LIFParams, lif, lif_ref, pack_spikes, unpack_spikes
+from spikecore.ops.lif import (
+    LIFParams,
+    lif,
+    lif_ref,
+    pack_spikes,
+    unpack_spikes,
+)
 from spikecore.ops.qk_attention import (
     qk_attention,
     qk_attention_ref,
     spike_driven_attention,
     spike_driven_attention_ref,
 )
+from spikecore.ops.spiking_self_attention import (
+    spiking_self_attention,
+    spiking_self_attention_ref,
+)
 
 __all__ = [
-    "LIFParams", "lif", "lif_ref", "pack_spikes", "qk_attention", "qk_attention_ref", "spike_driven_attention",
-    "spike_driven_attention_ref", "unpack_spikes",
-]  # fmt: skip
+    "LIFParams",
+    "lif",
+    "lif_ref",
+    "pack_spikes",
+    "qk_attention",
+    "qk_attention_ref",
+    "spike_driven_attention",
+    "spike_driven_attention_ref",
+    "spiking_self_attention",
+    "spiking_self_attention_ref",
+    "unpack_spikes",
+]

@@ -2,7 +2,11 @@
 must move, for benches. A new operator adds a Case; the sweep (python_tests/test_ops.py) then does the rest.
 """
 
-from spikecore.testing.cases import lif, qk_attention
+from spikecore.testing.cases import (
+    lif,
+    qk_attention,
+    spiking_self_attention,
+)
 from spikecore.testing.cases._case import LAYOUTS, Case, Sample, values
 from spikecore.testing.cases.lif import SURROGATES
 
@@ -12,5 +16,6 @@ _ALL = (
     lif.CASE,
     qk_attention.CASE,
     qk_attention.SPIKE_DRIVEN,
+    spiking_self_attention.CASE,
 )
 CASES: dict[str, Case] = {case.name: case for case in _ALL}
