@@ -116,17 +116,17 @@ inline void transpose_vectors(V (&v)[N]) {
   }
 }
 
-// d[j][i] = s[i][j] for i, j < 16; rows of d and s begin every d_step and s_step numbers.
-template <class A>
-inline void transpose16(A* d, int d_step, const A* s, int s_step) {
+// d(j)[i] = s(i)[j] for i, j < 16: d and s give the addresses of rows.
+template <class A, class To, class From>
+inline void transpose16(To d, From s) {
   using V = typename Vector<A>::type;
   constexpr int W = Vector<A>::W;
   for (int i = 0; i < 16; i += W) {
     for (int j = 0; j < 16; j += W) {
       V v[W];
-      for (int k = 0; k < W; ++k) v[k] = load<V>(s + (i + k) * s_step + j);
+      for (int k = 0; k < W; ++k) v[k] = load<V>(s(i + k) + j);
       transpose_vectors<W / 2>(v);
-      for (int k = 0; k < W; ++k) store(d + (j + k) * d_step + i, v[k]);
+      for (int k = 0; k < W; ++k) store(d(j + k) + i, v[k]);
     }
   }
 }

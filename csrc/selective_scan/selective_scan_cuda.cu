@@ -6,4 +6,4 @@ int selective_scan_fwd_cuda(const SelectiveScanFwd&, void*) { return 1; }
 int selective_scan_bwd_cuda(const SelectiveScanBwd&, void*) { return 1; }
 int selective_scan_reduce_cuda(const SelectiveScanReduce&, void*) { return 1; }
 int64_t selective_scan_starts(const SelectiveScanBwd&) { return 0; }
-}
+}  // namespace spk

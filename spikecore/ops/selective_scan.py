@@ -131,15 +131,14 @@ def selective_scan_ref(
     if delta_softplus:
         dt = F.softplus(dt)
     x, A = u.to(state), A.to(state)
-    per_channel = [m.to(state).repeat_interleave(channels // m.shape[1], 1) for m in (_grouped(B), _grouped(C))]
-    B, C = (m.movedim(-1, 0) for m in per_channel)  # [L, B, C, S]
-    h = u.new_zeros(*u.shape[:2], A.shape[1], dtype=state) if h_init is None else h_init
-    ys = []
+    B, C = (m.to(state).repeat_interleave(channels // m.shape[1], 1).mT for m in (_grouped(B), _grouped(C)))
+    decay = torch.exp(dt.unsqueeze(-1) * A.unsqueeze(1))  # [B, C, L, S]
+    steps = dt.unsqueeze(-1) * B * x.unsqueeze(-1)
+    h, hs = u.new_zeros(*u.shape[:2], A.shape[1], dtype=state) if h_init is None else h_init, []
     for l in range(u.shape[2]):
-        dt_l = dt[:, :, l, None]
-        h = torch.exp(dt_l * A) * h + dt_l * B[l] * x[:, :, l, None]
-        ys.append((C[l] * h).sum(-1))
-    y = torch.stack(ys, -1) if ys else torch.zeros_like(x)
+        h = decay[:, :, l] * h + steps[:, :, l]
+        hs.append(h)
+    y = (C * (torch.stack(hs, 2) if hs else decay * steps)).sum(-1)
     if D is not None:
         y = y + D.to(state).unsqueeze(-1) * x
     if z is not None:
