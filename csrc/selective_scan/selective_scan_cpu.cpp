@@ -102,7 +102,7 @@ SPK_NOINLINE void silu_slope_all(A* __restrict__ d, const A* __restrict__ x, int
   for (int i = 0; i < n; ++i) d[i] = silu_slope(x[i]);
 }
 
-// Sums over steps are taken in the vector type for kSum steps at most, then in double.
+// Long sums round less in two stages: over kSum states, then over these; over kSum steps, then in double.
 constexpr int kSum = 8;
 template <class A, class V>
 void add_lanes(double* total, V& sums) {
@@ -309,7 +309,7 @@ struct Backward {
   A *A_, *carry, *starts;  // [S, 16]: A, and the gradient that reaches the states from later on; [chunks, S, 16]
   double* g_A;             // [S, 16]
   double g_D[kLanes], g_bias[kLanes];
-  Columns<A> g, g_y, g_du, g_dt, one, a, to_B, to_C;  // g: of the gated y; g_dt: what comes through the decays
+  Columns<A> g, g_y, g_du, g_dt, part_du, part_dt, one, a, to_B, to_C;  // g: of the gated y; g_dt: what comes through the decays
   A h[kChunk + 1][kLanes];
   A sums[kChunk];
 };
@@ -337,10 +337,10 @@ SPK_NOINLINE void back(Backward<A>& w, int64_t s, int n) {
       const V g = g_h + g_y * Cs[l];  // of h[l]
       store(&w.to_C[l][i], g_y * load<V>(&w.h[l + 1][i]));
       store(&w.to_B[l][i], g * load<V>(&k.du[l][i]));
-      store(&w.g_du[l][i], load<V>(&w.g_du[l][i]) + g * Bs[l]);
+      store(&w.part_du[l][i], load<V>(&w.part_du[l][i]) + g * Bs[l]);
       g_h = g * load<V>(&w.a[l][i]);
       const V g_exponent = g_h * load<V>(&w.h[l][i]);
-      store(&w.g_dt[l][i], load<V>(&w.g_dt[l][i]) + g_exponent * A_);
+      store(&w.part_dt[l][i], load<V>(&w.part_dt[l][i]) + g_exponent * A_);
       g_A = g_A + g_exponent * load<V>(&k.dt[l][i]);
       if (l % kSum == 0) add_lanes<A>(w.g_A + at, g_A);
     }
@@ -408,12 +408,20 @@ int backward(const SelectiveScanBwd& q, int64_t begin, int64_t end) {
         memset(w->g_du, 0, sizeof(w->g_du));
         memset(w->g_dt, 0, sizeof(w->g_dt));
         for (int64_t s = 0; s < p.S; ++s) {
+          if (s % kSum == 0) {
+            memset(w->part_du, 0, sizeof(w->part_du));
+            memset(w->part_dt, 0, sizeof(w->part_dt));
+          }
           if (p.z.data)
             back<true>(*w, s, n);
           else
             back<false>(*w, s, n);
           sum_channels(g_Bs + s * p.L + l, w->to_B, w->sums, block == first, n);
           sum_channels(g_Cs + s * p.L + l, w->to_C, w->sums, block == first, n);
+          if (s % kSum == kSum - 1 || s + 1 == p.S) {
+            each(w->g_du, n, sum, w->g_du, w->part_du);
+            each(w->g_dt, n, sum, w->g_dt, w->part_dt);
+          }
         }
         each(w->g_dt, n, [](auto g_dt, auto g_du, auto u) { return g_dt + g_du * u; }, w->g_dt, w->g_du, k.u);
         if (p.softplus) {

@@ -34,7 +34,7 @@ SCAN_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def scan_sample(
-    name: str, dtype: torch.dtype, grid: bool, B: int = 2, C: int = 20, S: int = 5, L: int = 37, G: int | None = None,
+    name: str, dtype: torch.dtype, grid: bool, B: int = 2, C: int = 33, S: int = 5, L: int = 37, G: int | None = None,
     layout: str = "", options: str = "D z bias softplus h_init last", A: tuple[float, float] = (-1.5, -0.5),
     steps: tuple[float, float] = (-2.0, 1.0),
 ) -> Sample:  # fmt: skip
@@ -84,17 +84,17 @@ def _samples(dtype: torch.dtype, grid: bool) -> Iterator[Sample]:
         yield sample(options, options=options, steps=(-2.0, 1.0) if "softplus" in options else (-0.1, 1.0))
     yield sample("softplus beyond its threshold", options="softplus bias D", steps=(10.0, 25.0), A=(-0.1, 0.0))
     for S in (1, 2, 4, 16, 64):
-        yield sample(f"S={S}", S=S, L=20 if S > 4 else 37)
+        yield sample(f"S={S}", S=S, L=20 if S > 4 else 37, C=33 if S > 4 else 70)
     yield sample("S=16, ungated", S=16, options="softplus D bias", L=17)
     for L in (1, 2, 16, 63, 64, 65, 130):
-        yield sample(f"L={L}", L=L, C=33)
+        yield sample(f"L={L}", L=L)
     for C in (1, 15, 16, 17):
         yield sample(f"C={C}", C=C, L=20)
-    for G, C in ((1, 20), (2, 14), (12, 12), (2, 40)):
+    for G, C in ((1, 20), (2, 14), (12, 12), (2, 60)):
         yield sample(f"G={G}, C={C}", G=G, C=C)
     for layout in SCAN_LAYOUTS:
         yield sample(layout, layout=layout)
-        yield sample(f"{layout}, groups", layout=layout, G=2, C=12, L=64)
+        yield sample(f"{layout}, groups", layout=layout, G=2, C=40, L=64)
     yield sample("B=1", B=1, C=34, L=70)
     yield sample("no decay", A=(0.0, 0.0))
     yield sample("growth", A=(0.2, 0.4), L=20)
