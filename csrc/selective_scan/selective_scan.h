@@ -55,7 +55,7 @@ struct SelectiveScanReduce {
 };
 
 constexpr int kScanLanes = 16;  // channels of a group that go through the sequence side by side
-static inline int64_t scan_blocks(const SelectiveScan& p) { return (p.C / p.G + kScanLanes - 1) / kScanLanes; }
+static SPK_HD int64_t scan_blocks(const SelectiveScan& p) { return (p.C / p.G + kScanLanes - 1) / kScanLanes; }
 
 // Into how many parts a group's channels go in backward: enough to keep a machine busy, and few enough for the partial
 // sums of g_Bs and g_Cs to stay within four times the size of u. It depends on sizes alone, so results do not depend on

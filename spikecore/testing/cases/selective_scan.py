@@ -38,8 +38,8 @@ def scan_sample(
     layout: str = "", options: str = "D z bias softplus h_init last", A: tuple[float, float] = (-1.5, -0.5),
     steps: tuple[float, float] = (-2.0, 1.0),
 ) -> Sample:  # fmt: skip
-    """`G` None: B and C without groups. `A`, `steps`: ranges of A and delta, by default narrow: where a few channels that
-    hardly decay outgrow all others, the largest error of a gradient is that of one element, which is chance.
+    """`G` None: B and C without groups. `A`, `steps`: ranges of A and delta, by default narrow: where a few channels
+    that hardly decay outgrow all others, the largest error of a gradient is that of one element, which is chance.
     """
     g = torch.Generator().manual_seed(sum(map(ord, name)))
     state = torch.float64 if dtype == torch.float64 else torch.float32
