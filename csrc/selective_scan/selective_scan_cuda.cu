@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(32 * kFwdWarps) selective_scan_fwd_kernel(cons
 // them forward again and the gradient backward. The gradients of B and C of the block's channels are summed in shared
 // memory, in the order of the warps, and over the block's turns in the part's place in memory.
 template <class T, bool VECTOR>
-__global__ void __launch_bounds__(32 * kBwdWarps) selective_scan_bwd_kernel(const SelectiveScanBwd q) {
+__global__ void __launch_bounds__(32 * kBwdWarps, 1) selective_scan_bwd_kernel(const SelectiveScanBwd q) {
   constexpr int I = kItems<T>, kSteps = 32 * I;
   const SelectiveScan& p = q.in;
   SPK_SHARED(float, tiles, [2][kBwdWarps][kSteps]);  // of g_Bs and g_Cs

@@ -7,13 +7,14 @@ import pytest
 import torch
 from gpuless import aot, ops_on_shim, shim
 from gpuless.selective_scan_backends import assert_near, scan_samples
+from gpuless.selective_scan_on_shim import SOURCE, run, source
+from gpuless.shim import Shim, build
 
 from spikecore.ops import selective_scan
 from spikecore.testing.cases.selective_scan import scan_sample
 
 SCAN = ops_on_shim.on_shim("selective_scan")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SOURCE = shim.CSRC / "selective_scan/selective_scan_cuda.cu"
 
 
 @pytest.mark.slow
@@ -84,14 +85,55 @@ DEFECTS = {
         "        y[i] += h * out[i];\n      }",
         "race: (read|write) of shared memory",
     ),
-    "starts too few": ("stretches * p.S;\n  float* const g_Bs", "(stretches + 1) * p.S;\n  float* const g_Bs", "out of bounds write"),
+    "starts too far apart": (
+        "stretches * p.S;\n  float* const g_Bs",
+        "(stretches + 1) * p.S;\n  float* const g_Bs",
+        "out of bounds write",
+    ),
 }
+
+
+@pytest.fixture(scope="module")
+def defect_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("defects")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_a_planted_defect_is_found(tmp_path, monkeypatch, defect):
+def test_a_planted_defect_is_found(defect_folder, defect):
     old, new, message = DEFECTS[defect]
-    text = SOURCE.read_text()
-    assert old in text, f"{SOURCE.name} no longer contains {old!r}"
-    raise NotImplementedError
+    path = defect_folder / f"{defect.replace(' ', '_')}.cu"
+    path.write_text(source((old, new)))
+    planted = Shim(build([path], defect_folder))
+    run(planted)
+    assert re.search(message, planted.error), planted.error
+
+
+def test_without_a_defect_there_is_no_fault(shim_cache):
+    kernels = Shim(build([SOURCE], shim_cache))
+    for L in (140, 131):  # by vectors, and not
+        run(kernels, L=L)
+        assert not kernels.error
+        assert bool(kernels.count(False, 16)) == (L % 4 == 0)
+
+
+# ---- compiled by nvcc
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return aot.nvcc_facts(SOURCE, include_dirs=[shim.CSRC], extra=["-fmad=false"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", aot.ARCHS)
+def test_compiled_kernels(facts, arch):
+    """Nothing spills, nothing is contracted; vector kernels read and write 16 bytes at a time."""
+    facts = [f for f in facts if f.arch == arch]
+    assert len(facts) == 6 + 6 + 4
+    assert [f.name for f in facts if f.spills or f.stack or f.local] == []
+    for f in facts:
+        assert f.registers <= (255 if "bwd" in f.name else 128), f.name
+        if "Lb1E" in f.name:
+            assert f.ldg128, f.name
+            assert f.stg128, f.name

@@ -80,7 +80,7 @@ def _samples(dtype: torch.dtype, grid: bool) -> Iterator[Sample]:
     yield sample("plain", options="", **raw)
     for option in ("D", "z", "bias", "h_init", "last"):
         yield sample(option, options=option, steps=(1.0, 2.0) if option == "bias" else (-0.1, 1.0))
-    for options in ("softplus", "softplus bias", "D z", "h_init last"):
+    for options in ("softplus", "softplus bias", "softplus D z", "h_init last"):
         yield sample(options, options=options, steps=(-2.0, 1.0) if "softplus" in options else (-0.1, 1.0))
     yield sample("softplus beyond its threshold", options="softplus bias D", steps=(10.0, 25.0), A=(-0.1, 0.0))
     for S in (1, 2, 4, 16, 64):
@@ -94,10 +94,10 @@ def _samples(dtype: torch.dtype, grid: bool) -> Iterator[Sample]:
         yield sample(f"G={G}, C={C}", G=G, C=C)
     for layout in SCAN_LAYOUTS:
         yield sample(layout, layout=layout)
-        yield sample(f"{layout}, groups", layout=layout, G=2, C=40, L=64)
+        yield sample(f"{layout}, groups", layout=layout, G=2, C=64, L=64)
     yield sample("B=1", B=1, C=34, L=70)
     yield sample("no decay", A=(0.0, 0.0))
-    yield sample("growth", A=(0.2, 0.4), L=20)
+    yield sample("growth", A=(0.2, 0.4), steps=(-2.0, 0.0), L=10)
     yield sample("fast decay", A=(-60.0, -20.0))
     for empty in ({"B": 0}, {"C": 0}, {"L": 0}, {"S": 0}, {"L": 0, "options": "D z"}, {"S": 0, "options": "z"}):
         yield sample(f"empty {empty}", **empty)
