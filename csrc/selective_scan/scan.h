@@ -63,7 +63,7 @@ SPK_HD float join_decay(float a1, float a2) { return at_most(a1 * a2, 3.40282346
 
 // log(1 + exp(x)), for x > 20 x itself, as torch.nn.functional.softplus.
 SPK_HD float softplus(float x) {
-  const float e = exp_(-abs_(x));
+  const float e = saturating_exp(-abs_(x));
   const float s = e / (2 + e), t = s * s;  // log(1 + e) = 2 atanh(s)
   float p = 2.8011985677e-1f;
   p = p * t + 2.8001805513e-1f;
@@ -73,7 +73,7 @@ SPK_HD float softplus(float x) {
   return (x > 0 ? x : 0) + p;
 }
 SPK_HD double softplus(double x) { return x > 20 ? x : ::log1p(::exp(x)); }
-SPK_HD float softplus_slope(float x) { return 1 / (1 + exp_(-x)); }
+SPK_HD float softplus_slope(float x) { return 1 / (1 + saturating_exp(-x)); }
 SPK_HD double softplus_slope(double x) { return x > 20 ? 1 : 1 / (1 + ::exp(-x)); }
 
 template <class A>

@@ -22,7 +22,7 @@ def facts(direction: str, dtype: torch.dtype, arch: int):
     halves = ("p_u", "p_delta", "p_B", "p_C", "p_z", "p_y", "p_g_y", "p_g_u", "p_g_delta", "p_g_z")
     signature = {n: (sequence if n in halves else "*fp32") if n.startswith("p_") else "i32" for n in kernel.arg_names}
     pointers = [n for n in kernel.arg_names if n.startswith("p_")]
-    return aot.triton_aot(kernel, signature, flags, arch, align16=pointers, options={"enable_fp_fusion": False})
+    return aot.triton_aot(kernel, signature, flags, arch, align16=pointers, options=module.OPTIONS)
 
 
 @pytest.mark.parametrize("arch", aot.ARCHS)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 SEGMENT = 64  # steps between two states that backward keeps
 CHANNELS = 16  # of a program
+# Without a bound of ours ptxas chooses a lower one, and spills in half precision.
+OPTIONS = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -240,7 +242,7 @@ class _Scan:
         with torch.cuda.device_of(self.inputs[0]):  # nothing for the interpreter's CPU tensors
             kernel[(self.programs,)](
                 *args, self.C, self.L, self.G, self.S, self.blocks, **self.flags, **constants,
-                BC=self.tile[0], BS=self.tile[1], num_warps=4, enable_fp_fusion=False,
+                BC=self.tile[0], BS=self.tile[1], **OPTIONS,
             )  # fmt: skip
 
 
