@@ -150,7 +150,7 @@ def _state_dtype(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
-def _parameter(p: Tensor | None, u: Tensor) -> Tensor | None:
+def _parameter(p: Any, u: Tensor) -> Any:
     return p.to(_state_dtype(u)) if isinstance(p, Tensor) and p.is_floating_point() else p
 
 
