@@ -3,6 +3,7 @@
 #include "lif/lif.h"
 #include "qk_attention/qk_attention.h"
 #include "spiking_self_attention/spiking_self_attention.h"
+#include "selective_scan/selective_scan.h"
 
 namespace spk {
 
@@ -19,5 +20,8 @@ void shim_buffers(const QkBwd& p);
 void shim_buffers(const QkReduce& p);
 void shim_buffers(const SpikingSelfAttentionFwd& p);
 void shim_buffers(const SpikingSelfAttentionBwd& p);
+void shim_buffers(const SelectiveScanFwd& p);
+void shim_buffers(const SelectiveScanBwd& p);
+void shim_buffers(const SelectiveScanReduce& p);
 
 }  // namespace spk

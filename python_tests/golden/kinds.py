@@ -4,5 +4,6 @@ from golden import (
     models,  # noqa: F401
     neurons,  # noqa: F401
     qk_attention,  # noqa: F401
+    scans,  # noqa: F401
     spiking_self_attention,  # noqa: F401
 )

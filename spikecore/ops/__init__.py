@@ -13,6 +13,11 @@ from spikecore.ops.qk_attention import (
     spike_driven_attention,
     spike_driven_attention_ref,
 )
+from spikecore.ops.selective_scan import (
+    selective_scan,
+    selective_scan_ref,
+    selective_scan_step,
+)
 from spikecore.ops.spiking_self_attention import (
     spiking_self_attention,
     spiking_self_attention_ref,
@@ -25,6 +30,9 @@ __all__ = [
     "pack_spikes",
     "qk_attention",
     "qk_attention_ref",
+    "selective_scan",
+    "selective_scan_ref",
+    "selective_scan_step",
     "spike_driven_attention",
     "spike_driven_attention_ref",
     "spiking_self_attention",

@@ -5,6 +5,7 @@ must move, for benches. A new operator adds a Case; the sweep (python_tests/test
 from spikecore.testing.cases import (
     lif,
     qk_attention,
+    selective_scan,
     spiking_self_attention,
 )
 from spikecore.testing.cases._case import LAYOUTS, Case, Sample, values
@@ -17,5 +18,6 @@ _ALL = (
     qk_attention.CASE,
     qk_attention.SPIKE_DRIVEN,
     spiking_self_attention.CASE,
+    selective_scan.CASE,
 )
 CASES: dict[str, Case] = {case.name: case for case in _ALL}
