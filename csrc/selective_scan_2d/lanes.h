@@ -121,9 +121,11 @@ template <class A>
 inline void sum_lanes(A* sums, const A* rows) {
   alignas(64) A turned[kLanes * kLanes];
   turn16(turned, kLanes, rows, kLanes);
-  Lanes<A> s = Lanes<A>::load(turned);
-  for (int i = 1; i < kLanes; ++i) s = s + Lanes<A>::load(turned + i * kLanes);
-  s.store(sums);
+  Lanes<A> s[kLanes];
+  for (int i = 0; i < kLanes; ++i) s[i] = Lanes<A>::load(turned + i * kLanes);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) s[i] = s[i] + s[i + half];
+  s[0].store(sums);
 }
 
 }  // namespace SPK_ISA

@@ -50,6 +50,18 @@ SPK_NOINLINE void lay_out(A* dst, const T* src, int rows, int64_t L) {
   }
 }
 
+// The sum of term(i) over i < n, by 16 partial sums whatever the width of a vector.
+template <class F>
+inline __attribute__((always_inline)) double sum_of(int64_t n, F term) {
+  double part[kLanes] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) part[j] += term(i + j);
+  for (int j = 0; i < n; ++i, ++j) part[j] += term(i);
+  for (int j = 0; j < kLanes; ++j) sum += part[j];
+  return sum;
+}
+
 // The reverse: [L][16] into rows [rows, L]. `on_row(tile row, channel, first place, n)` may change a row before it is stored.
 template <class T, class A, class F>
 inline __attribute__((always_inline)) void lay_back(T* dst, const A* src, int rows, int64_t L, F on_row) {
@@ -84,12 +96,10 @@ SPK_NOINLINE void step_sizes(A* dt, const A* bias, bool positive, int64_t L) {
 
 // One row of g_delta from the gradients of the step sizes; returns its sum.
 template <class A>
-SPK_NOINLINE A step_sizes_back(A* g, const A* delta, A bias, bool positive, int n) {
+SPK_NOINLINE double step_sizes_back(A* g, const A* delta, A bias, bool positive, int n) {
   if (positive)
     for (int i = 0; i < n; ++i) g[i] = g[i] * softplus_slope(delta[i] + bias);
-  A sum = 0;
-  for (int i = 0; i < n; ++i) sum += g[i];
-  return sum;
+  return sum_of(n, [&](int i) { return double(g[i]); });
 }
 
 // A row of the tensor as the kernels compute with it, all of it.
@@ -119,13 +129,12 @@ SPK_NOINLINE void places(int32_t* order, int code, int64_t H, int64_t W) {
 template <class A>
 struct Channels {
   alignas(64) A a[kMaxStates * kLanes], rate[kMaxStates * kLanes];  // [S][16]
-  alignas(64) A D[kLanes], bias[kLanes];
+  alignas(64) A bias[kLanes];
 
   void read(const SelectiveScan2d& p, int k, int64_t first, int rows) {
     const int64_t at = k * p.C + first;
     for (int i = 0; i < kLanes; ++i) {
       const bool live = i < rows;
-      D[i] = live && p.D ? static_cast<const A*>(p.D)[at + i] : A(0);
       bias[i] = live && p.bias ? static_cast<const A*>(p.bias)[at + i] : A(0);
       for (int s = 0; s < p.S; ++s) {
         const A value = live ? static_cast<const A*>(p.A)[(at + i) * p.S + s] : A(0);
@@ -136,29 +145,39 @@ struct Channels {
   }
 };
 
-// One direction: adds C h + D x to y. x, dt, y: [L][16]; into, out_of: [S, L]; h: [S][16], zero at first.
+// D x of all directions at once: to[l] = x[l] times the sum of D over directions.
+template <class A>
+SPK_NOINLINE void skip(A* to, const A* x, const SelectiveScan2d& p, int64_t first, int rows) {
+  alignas(64) A D[kLanes] = {};
+  for (int k = 0; p.D && k < p.K; ++k)
+    for (int i = 0; i < rows; ++i) D[i] += static_cast<const A*>(p.D)[k * p.C + first + i];
+  for (int64_t l = 0; l < p.H * p.W; ++l)
+    for (int i = 0; i < kLanes; ++i) to[l * kLanes + i] = x[l * kLanes + i] * D[i];
+}
+
+// One direction: adds C h to y. x, dt, y: [L][16]; into, out_of: [S, L]; h: [S][16], zero at first.
 template <bool ONE, class A>
 SPK_NOINLINE void walk(const A* x, const A* dt, const A* into, const A* out_of, A* y, const int32_t* order, int64_t L, int S,
                        const Channels<A>& c, A* h) {
   using F = Lanes<A>;
-  const F D = F::load(c.D), rate = F::load(c.rate);
+  const F rate = F::load(c.rate);
   F state = F::all(0);
   for (int64_t l = 0; l < L; ++l) {
     const int64_t p = order[l];
-    const F t = F::load(dt + p * kLanes), u = F::load(x + p * kLanes), tu = t * u;
-    F sum = F::load(y + p * kLanes) + D * u;
+    const F t = F::load(dt + p * kLanes), tu = t * F::load(x + p * kLanes);
     if (ONE) {
       state = scan_step(state, decays(t, rate), tu * F::all(into[p]));
-      sum = sum + state * F::all(out_of[p]);
+      (F::load(y + p * kLanes) + state * F::all(out_of[p])).store(y + p * kLanes);
     } else {
+      F sum = F::all(0);
       for (int s = 0; s < S; ++s) {
         const F a = decays(t, F::load(c.rate + s * kLanes));
         const F next = scan_step(F::load(h + s * kLanes), a, tu * F::all(into[s * L + p]));
         next.store(h + s * kLanes);
         sum = sum + next * F::all(out_of[s * L + p]);
       }
+      (F::load(y + p * kLanes) + sum).store(y + p * kLanes);
     }
-    sum.store(y + p * kLanes);
   }
 }
 
@@ -179,7 +198,7 @@ int forward(const SelectiveScan2dFwd& q, int64_t begin, int64_t end) {
     const int64_t b = task / blocks, first = task % blocks * kLanes;
     const int rows = int(p.C - first < kLanes ? p.C - first : kLanes);
     lay_out(x, static_cast<const T*>(p.x) + (b * p.C + first) * L, rows, L);
-    memset(y, 0, sizeof(A) * map);
+    skip(y, x, p, first, rows);
     for (int k = 0; k < p.K; ++k) {
       const int64_t bk = b * p.K + k;
       channels.read(p, k, first, rows);
@@ -239,8 +258,12 @@ SPK_NOINLINE void recompute(const A* x, const A* dt, const A* into, const int32_
 // What a walk back accumulates for its channels.
 template <class A>
 struct Sums {
-  alignas(64) A g_h[kMaxStates * kLanes], g_A[kMaxStates * kLanes], g_D[kLanes];
+  alignas(64) A g_h[kMaxStates * kLanes], g_A[kMaxStates * kLanes];  // g_A: of one stretch
+  double total_A[kMaxStates * kLanes];
 };
+
+// Places of a stretch.
+int most_places(int S) { return S < 4 ? 64 : S > 32 ? 8 : kHeldStates / S; }
 
 // Back through a stretch. g_x is added to, dt becomes its gradient; h and a become each place's parts in g_C and g_B.
 template <class A>
@@ -248,30 +271,25 @@ SPK_NOINLINE void walk_back(const A* x, A* dt, const A* g_y, A* g_x, const A* in
                             int64_t L, int S, int n, const Channels<A>& c, A* h, A* a, Sums<A>& sums) {
   using F = Lanes<A>;
   const int row = S * kLanes;
-  const F D = F::load(c.D);
-  F g_D = F::load(sums.g_D);
   for (int j = n - 1; j >= 0; --j) {
     const int64_t p = order[j];
     const F t = F::load(dt + p * kLanes), u = F::load(x + p * kLanes), g = F::load(g_y + p * kLanes), tu = t * u;
-    F g_t = F::all(0), g_u = F::all(0);
-    g_D = g_D + g * u;
+    F g_decays = F::all(0), g_steps = F::all(0);
     A *before = h + j * row, *after = before + row, *decayed = a + j * row;
     for (int s = 0; s < S; ++s) {
       const int i = s * kLanes;
-      const F B = F::all(into[s * L + p]), C = F::all(out_of[s * L + p]), da = F::load(decayed + i);
-      const F g_h = F::load(sums.g_h + i) + g * C, g_decayed = g_h * da, through = g_decayed * F::load(before + i);
-      const F g_hB = g_h * B;
-      g_t = g_t + F::load(c.a + i) * through + g_hB * u;
-      g_u = g_u + g_hB * t;
+      const F g_h = F::load(sums.g_h + i) + g * F::all(out_of[s * L + p]);
+      const F g_decayed = g_h * F::load(decayed + i), through = g_decayed * F::load(before + i);
+      g_decays = g_decays + F::load(c.a + i) * through;
+      g_steps = g_steps + g_h * F::all(into[s * L + p]);
       (F::load(sums.g_A + i) + t * through).store(sums.g_A + i);
       (g * F::load(after + i)).store(after + i);
       (g_h * tu).store(decayed + i);
       g_decayed.store(sums.g_h + i);
     }
-    g_t.store(dt + p * kLanes);
-    (F::load(g_x + p * kLanes) + (g_u + D * g)).store(g_x + p * kLanes);
+    (g_decays + g_steps * u).store(dt + p * kLanes);
+    (F::load(g_x + p * kLanes) + g_steps * t).store(g_x + p * kLanes);
   }
-  g_D.store(sums.g_D);
 }
 
 // to[s, order[j]] += the sum over lanes of parts[j][s]; parts has room for a multiple of 16 rows.
@@ -292,7 +310,7 @@ int backward(const SelectiveScan2dBwd& q, int64_t begin, int64_t end) {
   const SelectiveScan2d& p = q.scan;
   const int64_t L = p.H * p.W, map = L * kLanes, blocks = ceil_div(p.C, kLanes), groups = ceil_div(p.C, kCpuGroup);
   const int64_t converted = sizeof(T) < sizeof(A) ? p.S * L : 0;
-  const int S = p.S, row = S * kLanes, held = kHeldStates / S < 8 ? 8 : kHeldStates / S, rows16 = (held * S + 15) / 16 * 16;
+  const int S = p.S, row = S * kLanes, held = most_places(S), rows16 = (held * S + 15) / 16 * 16;
   char* scratch = static_cast<char*>(
       aligned_alloc(64, 4 * Arena::bytes<A>(map) + 2 * Arena::bytes<A>(converted) + Arena::bytes<A>(ceil_div(L, held) * row) +
                             Arena::bytes<A>(row + rows16 * kLanes) + Arena::bytes<A>(rows16 * kLanes) + Arena::bytes<int32_t>(L)));
@@ -315,7 +333,10 @@ int backward(const SelectiveScan2dBwd& q, int64_t begin, int64_t end) {
       const int rows = int(p.C - first < kLanes ? p.C - first : kLanes);
       lay_out(x, static_cast<const T*>(p.x) + at, rows, L);
       lay_out(g_y, static_cast<const T*>(q.g_y) + at, rows, L);
-      memset(g_x, 0, sizeof(A) * map);
+      skip(g_x, g_y, p, first, rows);
+      double g_D[kLanes] = {};  // the same for every direction
+      for (int r = 0; q.g_D && r < rows; ++r)
+        g_D[r] = sum_of(L, [&](int64_t l) { return double(g_y[l * kLanes + r]) * double(x[l * kLanes + r]); });
       for (int k = 0; k < p.K; ++k) {
         const int64_t bk = b * p.K + k, bkc = bk * p.C + first;
         const T* delta = static_cast<const T*>(p.delta) + bkc * L;
@@ -335,18 +356,19 @@ int backward(const SelectiveScan2dBwd& q, int64_t begin, int64_t end) {
           memcpy(h, starts + stretch * row, sizeof(A) * row);
           recompute(x, dt, into, here, L, S, n, channels, h, a);
           walk_back(x, dt, g_y, g_x, into, out_of, here, L, S, n, channels, h, a, sums);
+          for (int i = 0; i < row; ++i) sums.total_A[i] += sums.g_A[i], sums.g_A[i] = 0;
           add_up(g_out, h + row, here, L, S, n);
           add_up(g_into, a, here, L, S, n);
         }
-        A g_bias[kLanes] = {};
+        double g_bias[kLanes] = {};
         alignas(64) A delta_tmp[kTile];
         lay_back(static_cast<T*>(q.g_delta) + bkc * L, dt, rows, L, [&](A* tile, int r, int64_t l, int n) {
           g_bias[r] += step_sizes_back(tile, state_row(delta_tmp, delta + r * L + l, n), channels.bias[r], p.softplus, n);
         });
         for (int r = 0; r < rows; ++r) {
-          for (int s = 0; s < S; ++s) static_cast<A*>(q.g_A)[(bkc + r) * S + s] = sums.g_A[s * kLanes + r];
-          if (q.g_D) static_cast<A*>(q.g_D)[bkc + r] = sums.g_D[r];
-          if (q.g_bias) static_cast<A*>(q.g_bias)[bkc + r] = g_bias[r];
+          for (int s = 0; s < S; ++s) static_cast<A*>(q.g_A)[(bkc + r) * S + s] = A(sums.total_A[s * kLanes + r]);
+          if (q.g_bias) static_cast<A*>(q.g_bias)[bkc + r] = A(g_bias[r]);
+          if (q.g_D) static_cast<A*>(q.g_D)[bkc + r] = A(g_D[r]);
         }
       }
       lay_back(static_cast<T*>(q.g_x) + at, g_x, rows, L);

@@ -92,13 +92,15 @@ def selective_scan_2d_ref(
         dt = dt + delta_bias.unsqueeze(-1)
     if delta_softplus:
         dt = torch.nn.functional.softplus(dt)
-    into, out_of = walked(B).unsqueeze(2), walked(C).unsqueeze(2)  # [B, K, 1, S, L]
-    h, ys = dt.new_zeros((*dt.shape[:3], A.shape[-1])), []
-    for step in range(H * W):
-        dt_l = dt[..., step].unsqueeze(-1)
-        h = torch.exp(dt_l * A) * h + (dt_l * u[..., step].unsqueeze(-1)) * into[..., step]
-        ys.append((h * out_of[..., step]).sum(-1))
-    y = torch.stack(ys, -1) if ys else dt
+    # [B, K, C, L, S], which the kernels never make.
+    into, out_of = (walked(t).transpose(2, 3).unsqueeze(2) for t in (B, C))
+    decays = torch.exp(dt.unsqueeze(-1) * A.unsqueeze(2))
+    steps = (dt * u).unsqueeze(-1) * into
+    h, hs = torch.zeros_like(steps[:, :, :, :1].sum(3)), []
+    for decay, step in zip(decays.unbind(3), steps.unbind(3), strict=True):
+        h = decay * h + step
+        hs.append(h)
+    y = ((torch.stack(hs, 3) if hs else decays * steps) * out_of).sum(-1)
     if D is not None:
         y = y + D.unsqueeze(-1) * u
     return cross_merge(y, H, W, codes).unflatten(2, (H, W)).to(x.dtype)

@@ -21,7 +21,7 @@ def _every_other_row(t: torch.Tensor) -> torch.Tensor:
 
 
 def sample(
-    name: str, dtype: torch.dtype, grid: bool, *, B: int = 2, C: int = 5, H: int = 3, W: int = 4, S: int = 2,
+    name: str, dtype: torch.dtype, grid: bool, *, B: int = 2, C: int = 9, H: int = 4, W: int = 5, S: int = 2,
     directions: Any = 4, softplus: bool = True, D: bool = True, bias: bool = True, flat: bool = False,
     layout: Any = None, wide: tuple[str, ...] = (),
 ) -> Sample:  # fmt: skip
@@ -47,7 +47,8 @@ def sample(
     if D:
         parameters["D"] = drawn((K, C), 5)
     if bias:
-        parameters["delta_bias"] = drawn((K, C), 6) / 2
+        b = drawn((K, C), 6) / 2
+        parameters["delta_bias"] = b if softplus else b.abs()  # negative steps would make the state grow
     for arg, t in parameters.items():
         arguments[arg] = (t.flatten(0, 1) if flat else t).to(state)
     order = ("x", "delta", "A", "B", "C", "D", "delta_bias")
@@ -65,20 +66,20 @@ def _samples(dtype: torch.dtype, grid: bool) -> Iterator[Sample]:
     yield one("bare", softplus=False, D=False, bias=False)
     yield one("no D", D=False)
     yield one("no bias", bias=False)
-    yield one("1 direction", directions=1)
-    yield one("2 directions", directions=2, S=1)
+    yield one("1 direction", directions=1, C=20)
+    yield one("2 directions", directions=2, S=1, C=20)
     for i, codes in enumerate(SCANS):
         yield one(f"scans {i}", directions=codes)
     for code in range(6):
-        yield one(f"direction {code}", directions=(code,), B=1)
-    yield one("8 directions", directions=(5, 4, 3, 2, 1, 0, 3, 3), B=1)
+        yield one(f"direction {code}", directions=(code,), C=20)
+    yield one("8 directions", directions=(5, 4, 3, 2, 1, 0, 3, 3))
     for channels in (1, 16, 17, 70):
-        yield one(f"C={channels}", C=channels, H=2)
+        yield one(f"C={channels}", C=channels, H=3)
     for S in (16, 17, 64):
-        yield one(f"S={S}", S=S, H=3, W=5, B=1)
+        yield one(f"S={S}", S=S, H=3, W=5)
     yield one("square", H=5, W=5, C=8)
-    yield one("long", H=17, W=19, S=1, B=1, C=3)
-    yield one("long, 3 states", H=13, W=11, S=3, B=1, C=3, directions=(1, 2))
+    yield one("long", H=17, W=19, S=1)
+    yield one("long, 3 states", H=13, W=11, S=3, directions=(1, 2))
     yield one("one row", H=1, W=9)
     yield one("one column", H=9, W=1)
     yield one("one place", H=1, W=1)
