@@ -14,7 +14,7 @@ namespace {
 
 #define SPK_NOINLINE __attribute__((noinline))
 
-constexpr int kTile = 64;                   // places laid out at once
+constexpr int kTile = 128;                  // places laid out at once
 constexpr int kHeldStates = 256;            // states per channel that backward recomputes at once: 16 KB, and as much of decays
 constexpr int kGroup = kCpuGroup / kLanes;  // blocks of 16 channels in a group
 
@@ -35,19 +35,26 @@ struct Arena {
   }
 };
 
-// Rows [rows, L] of a tensor (at most 16, then zeros) as [L][16].
-template <class T, class A>
-SPK_NOINLINE void lay_out(A* dst, const T* src, int rows, int64_t L) {
+// Rows [rows, L] of a tensor (at most 16, then zeros) as [L][16]. `on_row(piece of a row, row, n)` may change it first.
+template <class T, class A, class F>
+inline __attribute__((always_inline)) void lay_out(A* dst, const T* src, int rows, int64_t L, F on_row) {
   alignas(64) A tile[kLanes * kTile];
   if (rows < kLanes) memset(tile, 0, sizeof tile);
   for (int64_t l = 0; l < L; l += kTile) {
     const int n = int(L - l < kTile ? L - l : kTile);
-    for (int r = 0; r < rows; ++r) load_row(tile + r * kTile, src + r * L + l, n);
+    for (int r = 0; r < rows; ++r) {
+      load_row(tile + r * kTile, src + r * L + l, n);
+      on_row(tile + r * kTile, r, n);
+    }
     int i = 0;
     for (; i + kLanes <= n; i += kLanes) turn16(dst + (l + i) * kLanes, kLanes, tile + i, kTile);
     for (; i < n; ++i)
       for (int r = 0; r < kLanes; ++r) dst[(l + i) * kLanes + r] = tile[r * kTile + i];
   }
+}
+template <class T, class A>
+SPK_NOINLINE void lay_out(A* dst, const T* src, int rows, int64_t L) {
+  lay_out(dst, src, rows, L, [](A*, int, int) {});
 }
 
 // The sum of term(i) over i < n, by 16 partial sums whatever the width of a vector.
@@ -83,15 +90,13 @@ SPK_NOINLINE void lay_back(T* dst, const A* src, int rows, int64_t L) {
   lay_back(dst, src, rows, L, [](A*, int, int64_t, int) {});
 }
 
-// Step sizes from delta laid out, in place.
+// Step sizes from delta, in place.
 template <class A>
-SPK_NOINLINE void step_sizes(A* dt, const A* bias, bool positive, int64_t L) {
+SPK_NOINLINE void step_sizes(A* dt, A bias, bool positive, int n) {
   if (positive)
-    for (int64_t l = 0; l < L; ++l)
-      for (int i = 0; i < kLanes; ++i) dt[l * kLanes + i] = softplus(dt[l * kLanes + i] + bias[i]);
+    for (int i = 0; i < n; ++i) dt[i] = softplus(dt[i] + bias);
   else
-    for (int64_t l = 0; l < L; ++l)
-      for (int i = 0; i < kLanes; ++i) dt[l * kLanes + i] = dt[l * kLanes + i] + bias[i];
+    for (int i = 0; i < n; ++i) dt[i] = dt[i] + bias;
 }
 
 // One row of g_delta from the gradients of the step sizes; returns its sum.
@@ -202,8 +207,8 @@ int forward(const SelectiveScan2dFwd& q, int64_t begin, int64_t end) {
     for (int k = 0; k < p.K; ++k) {
       const int64_t bk = b * p.K + k;
       channels.read(p, k, first, rows);
-      lay_out(dt, static_cast<const T*>(p.delta) + (bk * p.C + first) * L, rows, L);
-      step_sizes(dt, channels.bias, p.softplus, L);
+      lay_out(dt, static_cast<const T*>(p.delta) + (bk * p.C + first) * L, rows, L,
+              [&](A* row, int r, int n) { step_sizes(row, channels.bias[r], p.softplus, n); });
       const A* into = whole(into_tmp, static_cast<const T*>(p.into) + bk * p.S * L, p.S * L);
       const A* out_of = whole(out_tmp, static_cast<const T*>(p.out_of) + bk * p.S * L, p.S * L);
       places(order, p.directions[k], p.H, p.W);
@@ -341,8 +346,7 @@ int backward(const SelectiveScan2dBwd& q, int64_t begin, int64_t end) {
         const int64_t bk = b * p.K + k, bkc = bk * p.C + first;
         const T* delta = static_cast<const T*>(p.delta) + bkc * L;
         channels.read(p, k, first, rows);
-        lay_out(dt, delta, rows, L);
-        step_sizes(dt, channels.bias, p.softplus, L);
+        lay_out(dt, delta, rows, L, [&](A* piece, int r, int n) { step_sizes(piece, channels.bias[r], p.softplus, n); });
         const A* into = whole(into_tmp, static_cast<const T*>(p.into) + bk * S * L, S * L);
         const A* out_of = whole(out_tmp, static_cast<const T*>(p.out_of) + bk * S * L, S * L);
         A* g_into = static_cast<A*>(q.g_into) + (task * p.K + k) * S * L;
