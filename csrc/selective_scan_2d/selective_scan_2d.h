@@ -64,11 +64,10 @@ int selective_scan_2d_bwd_cuda(const SelectiveScan2dBwd& p, void* stream);
 int64_t selective_scan_2d_chunks(int64_t L);
 
 // The place on a map [H, W] that a walk in direction `code` (spikecore/ops/cross_scan.py) visits at step l.
-SPK_HD int64_t walk_place(int code, int64_t l, int64_t H, int64_t W) {
-  const bool backwards = code == 2 || code == 3 || code == 5;
-  if (backwards) l = H * W - 1 - l;
+SPK_HD int32_t walk_place(int code, int32_t l, int32_t H, int32_t W) {
+  if (code == 2 || code == 3 || code == 5) l = H * W - 1 - l;
   if (code == 0 || code == 2) return l;
-  const int64_t column = l / H, h = l - column * H;
+  const int32_t column = l / H, h = l - column * H;
   return h * W + (code >= 4 ? W - 1 - column : column);
 }
 
