@@ -267,8 +267,8 @@ struct Sums {
   double total_A[kMaxStates * kLanes];
 };
 
-// Places of a stretch.
-int most_places(int S) { return S < 4 ? 64 : S > 32 ? 8 : kHeldStates / S; }
+// Places of a stretch. Few, because g_A is added up in float within one.
+int most_places(int S) { return S < 16 ? 16 : S > 32 ? 8 : kHeldStates / S; }
 
 // Back through a stretch. g_x is added to, dt becomes its gradient; h and a become each place's parts in g_C and g_B.
 template <class A>
