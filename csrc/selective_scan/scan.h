@@ -22,32 +22,32 @@ SPK_HD V at_most(V x, V high) {
   return high < x ? high : x;
 }
 
-// 2^x for float, about 1 ulp, correctly rounded near x = 0 (most decays are close to 1, and their errors add up over the
-// sequence). It saturates at the largest float instead of infinity, so that a state of 0 stays 0; below 2^-126 it gives 0
-// or a subnormal of that size.
+// exp(x) for float, about 1 ulp, correctly rounded near x = 0 (most decays are close to 1, and their errors add up over the
+// sequence). It saturates just below the largest float instead of at infinity, so that a state of 0 stays 0; where exp(x)
+// is below 2^-126 it gives some subnormal.
 template <class V>
-SPK_HD V pow2(V x) {
+SPK_HD V saturating_exp(V x) {
   using I = typename Bits<V>::type;
-  x = at_most(at_least(x, V{} - 127.f), V{} + 127.99999f);
-  const V m = x + 12582912.f, f = x - (m - 12582912.f);  // the nearest integer is left in the low bits of m
-  V p = f * 1.5353362647e-4f + 1.3398874403e-3f;
-  p = p * f + 9.6184373552e-3f;
-  p = p * f + 5.5503324711e-2f;
-  p = p * f + 2.4022647914e-1f;
-  p = p * f + 6.9314720286e-1f;
-  p = p * f + 1.f;
+  x = at_most(at_least(x, V{} - 88.029686f), V{} + 88.72283f);   // -127 ln 2 rounded up, 128 ln 2 rounded down
+  const V m = x * 1.44269504f + 12582912.f, n = m - 12582912.f;  // the nearest integer, also in the low bits of m
+  const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  V p = r * 1.381460204e-3f + 8.368715202e-3f;
+  p = p * r + 4.166838788e-2f;
+  p = p * r + 1.666652065e-1f;
+  p = p * r + 4.999999345e-1f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
   return bit_cast<V>(bit_cast<I>(p) + (bit_cast<I>(m) << 23));
 }
 
-// exp(dt A) as decay(dt, decay_rate(A)), at most the largest number of the type.
+// exp(dt A) as decay(dt, decay_rate(A)), never infinite.
 template <class V>
 SPK_HD V decay_rate(V A) {
-  return A * 1.44269504f;
+  return A;
 }
-SPK_HD double decay_rate(double A) { return A; }
 template <class V>
 SPK_HD V decay(V dt, V rate) {
-  return pow2(dt * rate);
+  return saturating_exp(dt * rate);
 }
 SPK_HD double decay(double dt, double rate) { return at_most(::exp(dt * rate), 1.7976931348623157e308); }
 

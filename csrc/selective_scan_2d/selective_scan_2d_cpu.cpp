@@ -14,6 +14,8 @@ namespace {
 
 #define SPK_NOINLINE __attribute__((noinline))
 
+constexpr int kSum = 8;                     // terms that are added up in a row, over states; their sums then
+constexpr int kFold = 4;                    // places whose parts in g_A are added up in float, before double
 constexpr int kTile = 128;                  // places laid out at once
 constexpr int kHeldStates = 256;            // states per channel that backward recomputes at once: 16 KB, and as much of decays
 constexpr int kGroup = kCpuGroup / kLanes;  // blocks of 16 channels in a group
@@ -175,11 +177,15 @@ SPK_NOINLINE void walk(const A* x, const A* dt, const A* into, const A* out_of, 
       (F::load(y + p * kLanes) + state * F::all(out_of[p])).store(y + p * kLanes);
     } else {
       F sum = F::all(0);
-      for (int s = 0; s < S; ++s) {
-        const F a = decays(t, F::load(c.rate + s * kLanes));
-        const F next = scan_step(F::load(h + s * kLanes), a, tu * F::all(into[s * L + p]));
-        next.store(h + s * kLanes);
-        sum = sum + next * F::all(out_of[s * L + p]);
+      for (int s0 = 0; s0 < S; s0 += kSum) {
+        F part = F::all(0);
+        for (int s = s0; s < S && s < s0 + kSum; ++s) {
+          const F a = decays(t, F::load(c.rate + s * kLanes));
+          const F next = scan_step(F::load(h + s * kLanes), a, tu * F::all(into[s * L + p]));
+          next.store(h + s * kLanes);
+          part = part + next * F::all(out_of[s * L + p]);
+        }
+        sum = sum + part;
       }
       (F::load(y + p * kLanes) + sum).store(y + p * kLanes);
     }
@@ -263,12 +269,12 @@ SPK_NOINLINE void recompute(const A* x, const A* dt, const A* into, const int32_
 // What a walk back accumulates for its channels.
 template <class A>
 struct Sums {
-  alignas(64) A g_h[kMaxStates * kLanes], g_A[kMaxStates * kLanes];  // g_A: of one stretch
+  alignas(64) A g_h[kMaxStates * kLanes], g_A[kMaxStates * kLanes];  // g_A: of kFold places
   double total_A[kMaxStates * kLanes];
 };
 
-// Places of a stretch. Few, because g_A is added up in float within one.
-int most_places(int S) { return S < 16 ? 16 : S > 32 ? 8 : kHeldStates / S; }
+// Places of a stretch.
+int most_places(int S) { return S < 4 ? 64 : S > 32 ? 8 : kHeldStates / S; }
 
 // Back through a stretch. g_x is added to, dt becomes its gradient; h and a become each place's parts in g_C and g_B.
 template <class A>
@@ -281,19 +287,26 @@ SPK_NOINLINE void walk_back(const A* x, A* dt, const A* g_y, A* g_x, const A* in
     const F t = F::load(dt + p * kLanes), u = F::load(x + p * kLanes), g = F::load(g_y + p * kLanes), tu = t * u;
     F g_decays = F::all(0), g_steps = F::all(0);
     A *before = h + j * row, *after = before + row, *decayed = a + j * row;
-    for (int s = 0; s < S; ++s) {
-      const int i = s * kLanes;
-      const F g_h = F::load(sums.g_h + i) + g * F::all(out_of[s * L + p]);
-      const F g_decayed = g_h * F::load(decayed + i), through = g_decayed * F::load(before + i);
-      g_decays = g_decays + F::load(c.a + i) * through;
-      g_steps = g_steps + g_h * F::all(into[s * L + p]);
-      (F::load(sums.g_A + i) + t * through).store(sums.g_A + i);
-      (g * F::load(after + i)).store(after + i);
-      (g_h * tu).store(decayed + i);
-      g_decayed.store(sums.g_h + i);
+    for (int s0 = 0; s0 < S; s0 += kSum) {
+      F decays_part = F::all(0), steps_part = F::all(0);
+      for (int s = s0; s < S && s < s0 + kSum; ++s) {
+        const int i = s * kLanes;
+        const F g_h = F::load(sums.g_h + i) + g * F::all(out_of[s * L + p]);
+        const F g_decayed = g_h * F::load(decayed + i), through = g_decayed * F::load(before + i);
+        decays_part = decays_part + F::load(c.a + i) * through;
+        steps_part = steps_part + g_h * F::all(into[s * L + p]);
+        (F::load(sums.g_A + i) + t * through).store(sums.g_A + i);
+        (g * F::load(after + i)).store(after + i);
+        (g_h * tu).store(decayed + i);
+        g_decayed.store(sums.g_h + i);
+      }
+      g_decays = g_decays + decays_part;
+      g_steps = g_steps + steps_part;
     }
     (g_decays + g_steps * u).store(dt + p * kLanes);
     (F::load(g_x + p * kLanes) + g_steps * t).store(g_x + p * kLanes);
+    if (j % kFold == 0)
+      for (int i = 0; i < row; ++i) sums.total_A[i] += double(sums.g_A[i]), sums.g_A[i] = 0;
   }
 }
 
@@ -360,7 +373,6 @@ int backward(const SelectiveScan2dBwd& q, int64_t begin, int64_t end) {
           memcpy(h, starts + stretch * row, sizeof(A) * row);
           recompute(x, dt, into, here, L, S, n, channels, h, a);
           walk_back(x, dt, g_y, g_x, into, out_of, here, L, S, n, channels, h, a, sums);
-          for (int i = 0; i < row; ++i) sums.total_A[i] += sums.g_A[i], sums.g_A[i] = 0;
           add_up(g_out, h + row, here, L, S, n);
           add_up(g_into, a, here, L, S, n);
         }

@@ -76,7 +76,8 @@ def _samples(dtype: torch.dtype, grid: bool) -> Iterator[Sample]:
     for code in range(6):
         yield one(f"direction {code}", directions=(code,), C=20)
     yield one("8 directions", directions=(5, 4, 3, 2, 1, 0, 3, 3))
-    for channels in (1, 16, 17, 70):
+    yield one("C=1", C=1, B=1, directions=(0, 1, 2, 3, 4, 5, 3, 2))
+    for channels in (16, 17, 70):
         yield one(f"C={channels}", C=channels, H=3)
     for S in (16, 17, 64):
         yield one(f"S={S}", S=S, H=3, W=5)
@@ -85,7 +86,7 @@ def _samples(dtype: torch.dtype, grid: bool) -> Iterator[Sample]:
     yield one("long, 3 states", H=13, W=11, S=3, directions=(1, 2))
     yield one("one row", H=1, W=9)
     yield one("one column", H=9, W=1)
-    yield one("one place", H=1, W=1)
+    yield one("one place", H=1, W=1, S=5, C=20)
     yield one("16 places a row", H=2, W=16, C=16)
     yield one("channels innermost", layout=_channels_innermost)
     yield one("every other row", layout=_every_other_row)
