@@ -54,7 +54,9 @@ def _on_copies(scan: Scan) -> Scan:
     return run
 
 
-def _materialised(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _materialised(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """exp(dt A) and dt B u: [B, L, K C, S], and C: [B, L, K C, S]."""
     dt = torch.nn.functional.softplus(dt + bias.unsqueeze(-1)).transpose(1, 2).unsqueeze(-1)
     B, C = (t.permute(0, 3, 1, 2).repeat_interleave(len(A) // t.shape[1], 2) for t in (B, C))
@@ -64,7 +66,7 @@ def _materialised(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, bias: 
 def _loop(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
     decays, steps, C = _materialised(u, dt, A, B, C, bias)
     h, ys = torch.zeros_like(steps[:, 0]), []
-    for l in range(u.shape[2]):  # noqa: E741
+    for l in range(u.shape[2]):
         h = decays[:, l] * h + steps[:, l]
         ys.append((h * C[:, l]).sum(-1))
     return torch.stack(ys, 2) + D.unsqueeze(-1) * u
@@ -191,7 +193,9 @@ def scaling(device: str, quick: bool) -> Iterator[Scaling]:
             sizes: dict[str, Any] = {"B": 1, "C": 32, "S": 4, "H": side, "W": side}
             row = problem(f"L={side * side}", sizes, direction, device, {})
             if side > 64:  # the others take a gigabyte and more, or minutes
-                row.calls = {n: c for n, c in row.calls.items() if n in ("copy", "spikecore", "copies + selective_scan")}
+                row.calls = {
+                    n: c for n, c in row.calls.items() if n in ("copy", "spikecore", "copies + selective_scan")
+                }
                 row.trained = {n: f for n, f in row.trained.items() if n in row.calls}
             rows[side * side] = row
         yield Scaling(f"selective_scan_2d, {direction}, B=1 C=32 S=4, square maps", "L", rows)

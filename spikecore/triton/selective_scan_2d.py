@@ -21,18 +21,20 @@ FWD_CHANNELS, BWD_CHANNELS = 4, 16  # of a program; backward adds up their parts
 
 
 @triton.jit
-def _pow2(x):
-    # csrc/selective_scan/scan.h's pow2.
-    x = tl.where(x < -127.0, -127.0, x)
-    x = tl.where(x > 127.99999, 127.99999, x)
-    m = x + 12582912.0
-    f = x - (m - 12582912.0)
-    p = f * 1.5353362647e-4 + 1.3398874403e-3
-    p = p * f + 9.6184373552e-3
-    p = p * f + 5.5503324711e-2
-    p = p * f + 2.4022647914e-1
-    p = p * f + 6.9314720286e-1
-    p = p * f + 1.0
+def _decay(dt, A):
+    # csrc/selective_scan/scan.h's decay: exp(dt A), never infinite.
+    x = dt * A
+    x = tl.where(x < -88.029686, -88.029686, x)
+    x = tl.where(x > 88.72283, 88.72283, x)
+    m = x * 1.44269504 + 12582912.0
+    n = m - 12582912.0
+    r = (x - n * 0.693359375) - n * -2.12194440e-4
+    p = r * 1.381460204e-3 + 8.368715202e-3
+    p = p * r + 4.166838788e-2
+    p = p * r + 1.666652065e-1
+    p = p * r + 4.999999345e-1
+    p = p * r + 1.0
+    p = p * r + 1.0
     return (p.to(tl.int32, bitcast=True) + (m.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
 
 
@@ -124,10 +126,10 @@ def selective_scan_2d_fwd_kernel(
             u = tl.load(p_x + row + at, mask=mask, other=0.0).to(tl.float32)
             y = skip * u
             for s in range(S):
-                rate = tl.load(p_A + kc * S + s, mask=live, other=0.0) * 1.44269504
+                A = tl.load(p_A + kc * S + s, mask=live, other=0.0)
                 into = tl.load(p_B + (bk * S + s) * L + at, mask=within, other=0.0).to(tl.float32)
                 out = tl.load(p_C + (bk * S + s) * L + at, mask=within, other=0.0).to(tl.float32)
-                a, x = tl.associative_scan((_pow2(dt * rate), dt * u * into), 1, _join)
+                a, x = tl.associative_scan((_decay(dt, A), dt * u * into), 1, _join)
                 h = a * _of_state(carried, s, BS) + x
                 y += h * out
                 carried = _with_state(carried, s, _at_lane(h, BL - 1, BL), BS)
@@ -180,9 +182,9 @@ def selective_scan_2d_bwd_kernel(
             _, dt = _steps(p_own, bias, at, mask, POSITIVE)
             u = tl.load(p_x + row + at, mask=mask, other=0.0).to(tl.float32)
             for s in range(S):
-                rate = tl.load(p_A + kc * S + s, mask=live, other=0.0) * 1.44269504
+                A = tl.load(p_A + kc * S + s, mask=live, other=0.0)
                 into = tl.load(p_B + (bk * S + s) * L + at, mask=l < L, other=0.0).to(tl.float32)
-                a, x = tl.associative_scan((_pow2(dt * rate), dt * u * into), 1, _join)
+                a, x = tl.associative_scan((_decay(dt, A), dt * u * into), 1, _join)
                 h = a * _of_state(carried, s, BS) + x
                 carried = _with_state(carried, s, _at_lane(h, BL - 1, BL), BS)
         tl.debug_barrier()  # starts are read by other threads
@@ -211,18 +213,17 @@ def selective_scan_2d_bwd_kernel(
             g_steps = tl.zeros([BC, BL], tl.float32)
             for s in range(S):
                 A = tl.load(p_A + kc * S + s, mask=live, other=0.0)
-                rate = A * 1.44269504
                 p_into, p_out = p_B + (bk * S + s) * L, p_C + (bk * S + s) * L
                 into = tl.load(p_into + at, mask=l < L, other=0.0).to(tl.float32)
                 out = tl.load(p_out + at, mask=l < L, other=0.0).to(tl.float32)
                 into_before = tl.load(p_into + at_before, mask=has_before, other=0.0).to(tl.float32)
                 out_after = tl.load(p_out + at_after, mask=has_after, other=0.0).to(tl.float32)
-                a = _pow2(dt * rate)
-                step = (_pow2(dt_before * rate), dt_before * u_before * into_before)
+                a = _decay(dt, A)
+                step = (_decay(dt_before, A), dt_before * u_before * into_before)
                 before_a, before_x = tl.associative_scan(step, 1, _join)
                 before = before_a * _of_state(start, s, BS) + before_x
                 h = a * before + dt * u * into
-                a_after = _pow2(dt_after * rate)
+                a_after = _decay(dt_after, A)
                 step = (a_after, a_after * (out_after * g_after))
                 after_a, after_x = tl.associative_scan(step, 1, _join, reverse=True)
                 g_h = after_a * _of_state(g_carried, s, BS) + after_x + out * g
@@ -260,7 +261,9 @@ def selective_scan_2d_bwd_kernel(
             tl.store(p_g_x + row + l, g_x.to(p_g_x.dtype.element_ty), mask=mask)
 
 
-def _launch(kernel: Any, channels: int, x: Tensor, S: int, directions: list[int], tensors: tuple, softplus: bool) -> None:
+def _launch(
+    kernel: Any, channels: int, x: Tensor, S: int, directions: list[int], tensors: tuple, softplus: bool
+) -> None:
     b, C, H, W = x.shape
     if x.numel() == 0:
         return
