@@ -1,4 +1,4 @@
-"""selective_scan_2d's CUDA source without a GPU: run on the checked shim against the reference, and compiled by nvcc."""
+"""selective_scan_2d's CUDA source without a GPU: run on the checked shim, and compiled by nvcc."""
 
 import re
 from dataclasses import replace
@@ -90,8 +90,8 @@ DEFECTS = {
     ),
     "one place too many": ("l + i < w.L ? w.place", "l + i <= w.L ? w.place", "fwd", "out of bounds read|race"),
     "one channel too many": ("if (c >= p.C) return;", "", "fwd", "out of bounds"),
-    "a state too many": ("for (int s = 0; s < p.S; ++s)", "for (int s = 0; s <= p.S; ++s)", "fwd", "out of bounds read"),
-    "columns of another height": ("walk_place(code, l, H, W)", "walk_place(code, l, H - 1, W)", "fwd", "race|out of bounds"),
+    "a state too many": ("for (int s = 0; s < p.S; ++s)", "for (int s = 0; s <= p.S; ++s)", "fwd", "out of bounds"),
+    "columns of another height": ("walk_place(code, l, H, W)", "walk_place(code, l, H - 1, W)", "fwd", "race|bounds"),
 }  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def _state_dtype(x: Tensor) -> torch.dtype:
 
 
 def _brought_together(x, delta, A, B, C, D, delta_bias, K):
-    """x, delta, B, C of one dtype, A: [K, C, S], D, delta_bias: [K, C] of the state's dtype; what fits not, as it is."""
+    """x, delta, B, C of one dtype; A: [K, C, S] and D, delta_bias: [K, C] of the state's; the unfit as they are."""
     maps = (x, delta, B, C)
     if all(t.dtype in _FLOATS for t in maps):
         widest = x.dtype
@@ -201,10 +201,9 @@ def _backward(ctx, g_y):
     inputs = ctx.saved_tensors
     g_x, g_delta, *partial = torch.ops.spikecore.selective_scan_2d_bwd(g_y, *inputs, *ctx.constants)
     # The kernels leave the sums over batch (A, D, delta_bias) and over groups of channels (B, C).
-    sums = [
-        g.sum(dim).to(t.dtype) for g, dim, t in zip(partial, (0, 1, 1, 0, 0), inputs[2:], strict=True) if t is not None
-    ]
-    grads = [g_x, g_delta, *(sums.pop(0) if t is not None else None for t in inputs[2:])]
+    grads = [g_x, g_delta]
+    for g, dim, t in zip(partial, (0, 1, 1, 0, 0), inputs[2:], strict=True):
+        grads.append(None if t is None else g.sum(dim).to(t.dtype))
     needed = (g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False))
     return *needed, None, None
 

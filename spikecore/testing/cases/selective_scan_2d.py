@@ -25,7 +25,11 @@ def sample(
     directions: Any = 4, softplus: bool = True, D: bool = True, bias: bool = True, flat: bool = False,
     layout: Any = None, wide: tuple[str, ...] = (), seed: int = 0,
 ) -> Sample:  # fmt: skip
-    """One call. `wide`: maps that come in float32 whatever `dtype`, as under autocast."""
+    """One call.
+
+    `wide`: maps that come in float32 whatever `dtype`, as under autocast. `seed`: other numbers, where those of 0 make
+    the largest error of a small tensor a matter of chance: a reference that happens to be right sets no bound.
+    """
     seed, K = seed + sum(map(ord, name)), len(direction_codes("sample", directions))
     state = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -71,11 +75,11 @@ def _samples(dtype: torch.dtype, grid: bool) -> Iterator[Sample]:
     yield one("1 direction", directions=1, C=20)
     yield one("2 directions", directions=2, S=1, C=20)
     for i, codes in enumerate(SCANS):
-        yield one(f"scans {i}", directions=codes)
+        yield one(f"scans {i}", directions=codes, seed=int(i == 3))
     for code in range(6):
-        yield one(f"direction {code}", directions=(code,), C=20)
+        yield one(f"direction {code}", directions=(code,), C=20, seed=int(code in (0, 4)))
     yield one("8 directions", directions=(5, 4, 3, 2, 1, 0, 3, 3))
-    yield one("C=1", C=1, B=1, directions=(0, 1, 2, 3, 4, 5, 3, 2))
+    yield one("C=1", C=1, B=1, directions=(0, 1, 2, 3, 4, 5, 3, 2), seed=1)
     for channels in (16, 17, 70):
         yield one(f"C={channels}", C=channels, H=3)
     for S in (16, 17, 64):
