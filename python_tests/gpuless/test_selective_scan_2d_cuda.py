@@ -80,7 +80,7 @@ DEFECTS = {
         "__syncwarp();  // starts are read by other lanes",
         "",
         "bwd",
-        "race: read of starts",
+        "race: (read|write) of starts",
     ),
     "no barrier before the sums over channels": (
         "= part_C;\n        __syncthreads();",

@@ -18,6 +18,7 @@ from spikecore.triton.lif import _exp
 INTERPRET = triton.knobs.runtime.interpret
 CHUNK = 64  # places
 FWD_CHANNELS, BWD_CHANNELS = 4, 16  # of a program; backward adds up their parts in the gradients of B and C
+FWD_WARPS, BWD_WARPS = 4, 8  # with 4, backward spills
 
 
 @triton.jit
@@ -261,9 +262,8 @@ def selective_scan_2d_bwd_kernel(
             tl.store(p_g_x + row + l, g_x.to(p_g_x.dtype.element_ty), mask=mask)
 
 
-def _launch(
-    kernel: Any, channels: int, x: Tensor, S: int, directions: list[int], tensors: tuple, softplus: bool
-) -> None:
+def _launch(kernel: Any, channels: int, warps: int, x: Tensor, S: int, directions: list[int], *rest: Any) -> None:
+    tensors, softplus = rest
     b, C, H, W = x.shape
     if x.numel() == 0:
         return
@@ -274,7 +274,7 @@ def _launch(
             *tensors[:-2], C, H, W, S, codes,
             K=len(directions), POSITIVE=softplus, D=D is not None, BIAS=bias is not None,
             CONVERT=x.dtype != torch.float32, BC=channels, BL=min(CHUNK, triton.next_power_of_2(H * W)),
-            BS=triton.next_power_of_2(S), num_warps=4, enable_fp_fusion=False,
+            BS=triton.next_power_of_2(S), num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -296,7 +296,7 @@ def selective_scan_2d_fwd(x, delta, A, B, C, D, delta_bias, delta_softplus, dire
     y = torch.empty_like(x)
     total = y if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32)
     tensors = (x, delta, A, B, C, D, delta_bias, y, total, D, delta_bias)
-    _launch(selective_scan_2d_fwd_kernel, FWD_CHANNELS, x, A.shape[2], directions, tensors, delta_softplus)
+    _launch(selective_scan_2d_fwd_kernel, FWD_CHANNELS, FWD_WARPS, x, A.shape[2], directions, tensors, delta_softplus)
     return y
 
 
@@ -316,7 +316,7 @@ def selective_scan_2d_bwd(g_y, x, delta, A, B, C, D, delta_bias, delta_softplus,
     total = grads[0] if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32)
     starts = x.new_empty((b, c, triton.cdiv(H * W, CHUNK), A.shape[2]), dtype=torch.float32)
     tensors = (g_y, x, delta, A, B, C, D, delta_bias, *grads, total, starts, D, delta_bias)
-    _launch(selective_scan_2d_bwd_kernel, BWD_CHANNELS, x, A.shape[2], directions, tensors, delta_softplus)
+    _launch(selective_scan_2d_bwd_kernel, BWD_CHANNELS, BWD_WARPS, x, A.shape[2], directions, tensors, delta_softplus)
     return grads
 
 
