@@ -2,4 +2,5 @@
 
 from golden import (
     neurons,  # noqa: F401
+    scans,  # noqa: F401
 )
