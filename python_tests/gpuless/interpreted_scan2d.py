@@ -49,7 +49,7 @@ def test_chunks():
 # ---- planted defects
 
 DEFECTS = {
-    "load without mask": ("within = l < L\n", "within = l <= L\n", "out of bounds load"),
+    "load without mask": ("within = l < L\n", "within = l <= L\n", "out of bounds load|race"),
     "a channel too many": ("live = c < C", "live = c <= C", "out of bounds|race"),
     "a state too many": ("for s in range(S)", "for s in range(S + 1)", "out of bounds load"),
     "columns of another height": ("(l - column * H) * W + w", "(l - column * H) * W + w + 1", "out of bounds"),

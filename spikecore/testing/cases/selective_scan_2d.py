@@ -79,7 +79,7 @@ def _samples(dtype: torch.dtype, grid: bool) -> Iterator[Sample]:
     for code in range(6):
         yield one(f"direction {code}", directions=(code,), C=20, seed=int(code in (0, 4)))
     yield one("8 directions", directions=(5, 4, 3, 2, 1, 0, 3, 3))
-    yield one("C=1", C=1, B=1, directions=(0, 1, 2, 3, 4, 5, 3, 2), seed=1)
+    yield one("C=1", C=1, B=1, H=3, W=5, directions=(0, 1, 2, 3, 4, 5, 3, 2), seed=1)
     for channels in (16, 17, 70):
         yield one(f"C={channels}", C=channels, H=3)
     for S in (16, 17, 64):
@@ -96,7 +96,7 @@ def _samples(dtype: torch.dtype, grid: bool) -> Iterator[Sample]:
     yield one("wide delta", wide=("delta",))
     yield one("wide x", wide=("x",), S=1)
     for size in "BCHW":
-        yield one(f"{size}=0", **{size: 0})
+        yield one(f"{size}=0", **{"B": 1, size: 0})
 
 
 def _bytes(s: Sample) -> tuple[int, int]:
