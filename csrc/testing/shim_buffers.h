@@ -4,6 +4,7 @@
 #include "qk_attention/qk_attention.h"
 #include "spiking_self_attention/spiking_self_attention.h"
 #include "selective_scan/selective_scan.h"
+#include "selective_scan_2d/selective_scan_2d.h"
 
 namespace spk {
 
@@ -23,5 +24,7 @@ void shim_buffers(const SpikingSelfAttentionBwd& p);
 void shim_buffers(const SelectiveScanFwd& p);
 void shim_buffers(const SelectiveScanBwd& p);
 void shim_buffers(const SelectiveScanReduce& p);
+void shim_buffers(const SelectiveScan2dFwd& p);
+void shim_buffers(const SelectiveScan2dBwd& p);
 
 }  // namespace spk

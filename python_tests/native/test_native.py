@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 SANITIZERS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ARM = "aarch64-linux-gnu-g++"
-QUICK = {"lif": "196"}  # random problems, where every instruction is slow
+QUICK = {"lif": "196", "selective_scan_2d": "40"}  # random problems, where every instruction is slow
 EACH = pytest.mark.parametrize("op", QUICK)
 
 
@@ -36,6 +36,9 @@ def test_kernels_under_asan_and_ubsan(op, tmp_path):
         ("lif", "out[i] = value;", "out[i] = values ? values[0] : value;", "channels="),
         ("lif", "g_x[i] = gain[i] * gi;", "g_x[i] = gain[i] * sg;", ": g_x["),
         ("lif", "i < n; ++i) d[i] += s[i];", "i < n + 1; ++i) d[i] += s[i];", "AddressSanitizer"),
+        ("selective_scan_2d", "if (++s == S) s = 0, ++j;", "if (++s == S) s = 0;", ": g_C["),
+        ("selective_scan_2d", "const bool back = code == 2 ||", "const bool back =", ": y["),
+        ("selective_scan_2d", "step = back ? -1 : 1;", "step = back ? -2 : 1;", "AddressSanitizer"),
     ],
 )
 def test_check_finds_mistakes(op, tmp_path, monkeypatch, right, wrong, complaint):

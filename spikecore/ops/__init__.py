@@ -1,5 +1,10 @@
 """The fused operators; each stands beside its reference in plain PyTorch (`<op>_ref`)."""
 
+from spikecore.ops.cross_scan import (
+    SCANS,
+    cross_merge,
+    cross_scan,
+)
 from spikecore.ops.lif import (
     LIFParams,
     lif,
@@ -18,6 +23,10 @@ from spikecore.ops.selective_scan import (
     selective_scan_ref,
     selective_scan_step,
 )
+from spikecore.ops.selective_scan_2d import (
+    selective_scan_2d,
+    selective_scan_2d_ref,
+)
 from spikecore.ops.spiking_self_attention import (
     spiking_self_attention,
     spiking_self_attention_ref,
@@ -25,12 +34,17 @@ from spikecore.ops.spiking_self_attention import (
 
 __all__ = [
     "LIFParams",
+    "SCANS",
+    "cross_merge",
+    "cross_scan",
     "lif",
     "lif_ref",
     "pack_spikes",
     "qk_attention",
     "qk_attention_ref",
     "selective_scan",
+    "selective_scan_2d",
+    "selective_scan_2d_ref",
     "selective_scan_ref",
     "selective_scan_step",
     "spike_driven_attention",

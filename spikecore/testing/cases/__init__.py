@@ -6,6 +6,7 @@ from spikecore.testing.cases import (
     lif,
     qk_attention,
     selective_scan,
+    selective_scan_2d,
     spiking_self_attention,
 )
 from spikecore.testing.cases._case import LAYOUTS, Case, Sample, values
@@ -19,5 +20,6 @@ _ALL = (
     qk_attention.SPIKE_DRIVEN,
     spiking_self_attention.CASE,
     selective_scan.CASE,
+    selective_scan_2d.CASE,
 )
 CASES: dict[str, Case] = {case.name: case for case in _ALL}
