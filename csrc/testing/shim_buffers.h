@@ -1,5 +1,6 @@
 // Tells the host shim which memory a launch may touch: one function per params struct, in <op>_buffers.cpp.
 #pragma once
+#include "codebook_lookup/codebook_lookup.h"
 #include "lif/lif.h"
 
 namespace spk {
@@ -12,5 +13,7 @@ void shim_buffer(const void* data, int64_t count, int64_t size, const char* name
 void shim_buffers(const LifFwd& p);
 void shim_buffers(const LifBwd& p);
 void shim_buffers(const LifReduce& p);
+void shim_buffers(const CodebookFwd& p);
+void shim_buffers(const CodebookBwd& p);
 
 }  // namespace spk
