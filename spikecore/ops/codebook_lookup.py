@@ -201,15 +201,16 @@ def _codebook_lookup_bwd_fake(g_values, indices, codebook, groups):
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     _, codebook, _, ctx.groups, _ = inputs
-    ctx.save_for_backward(codebook, output[0])
+    # Of the book backward needs the shape alone; one without gradient may change before (running means).
+    ctx.save_for_backward(*((codebook, output[0]) if ctx.needs_input_grad[1] else ()))
 
 
 def _backward(ctx, g_indices: Any, g_values: Tensor | None):
     if g_values is None:
         return None, None, None, None, None
-    codebook, indices = ctx.saved_tensors
     g_codebook = None
     if ctx.needs_input_grad[1]:
+        codebook, indices = ctx.saved_tensors
         g_codebook = torch.ops.spikecore.codebook_lookup_bwd(g_values, indices, codebook, ctx.groups)
     return g_values, g_codebook, None, None, None
 

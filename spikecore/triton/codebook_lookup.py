@@ -122,12 +122,12 @@ def codebook_settle_kernel(
     upper, lower, second = tl.load(p_found + i * 3), tl.load(p_found + i * 3 + 1), tl.load(p_found + i * 3 + 2)
     chosen = tl.load(p_index + i)
     for s in range(1, splits):
-        p_row = p_found + (s.to(tl.int64) * n + i) * 3
+        p_row = p_found + (tl.cast(s, tl.int64) * n + i) * 3
         o_upper = tl.load(p_row)
         better = o_upper > upper
         second = tl.maximum(tl.maximum(second, tl.load(p_row + 2)), tl.minimum(upper, o_upper))
         lower = tl.where(better, tl.load(p_row + 1), lower)
-        chosen = tl.where(better, tl.load(p_index + s.to(tl.int64) * n + i), chosen)
+        chosen = tl.where(better, tl.load(p_index + tl.cast(s, tl.int64) * n + i), chosen)
         upper = tl.maximum(upper, o_upper)
     finite = lower - lower == 0
     chosen = tl.where(norm == norm, chosen, -1)

@@ -51,8 +51,8 @@ def _samples(dtype: torch.dtype, grid: bool) -> Iterator[Sample]:
         yield sample(f"K={K}", K=K, shape=(20, 8), metric=METRICS[K % 3])
     yield sample("[D]", shape=(24,))
     for shape in ((0, 24), (3, 0, 24), (5, 0)):
-        yield sample(f"empty {list(shape)}", shape=shape)
-    yield sample("empty, books", shape=(0, 24), groups=2, books=True)
+        yield sample(f"empty {list(shape)}", shape=shape, K=5)
+    yield sample("empty, books", shape=(0, 24), K=5, groups=2, books=True)
 
 
 def _bytes(sample: Sample) -> tuple[int, int]:
