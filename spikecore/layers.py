@@ -30,7 +30,8 @@ class Codebook(nn.Module):
     In training, the first batch starts the book by k-means++ (Arthur & Vassilvitskii 2007). ``update="ema"`` then moves
     each code to a running mean of its rows (no gradient reaches the book); ``update="gradient"`` leaves it to an
     optimiser, by the gradient of the values and of ``mean |code - z|^2`` in the loss. A code that wins less than
-    `dead_below` rows a batch, in the running mean, is revived: it becomes a row of the batch, its statistics start afresh.
+    `dead_below` rows a batch, in the running mean, is revived: it becomes a row of the batch, and its statistics start
+    afresh.
 
     Under `torch.distributed` every rank must call the layer as often; sums, starts and revivals are taken over all of
     them, so that all hold the book that one process with the joined batch (in the order of the ranks) would hold.
@@ -140,7 +141,7 @@ class Codebook(nn.Module):
 
 
 def kmeans_plus_plus(rows: Tensor, codes: int, generator: torch.Generator) -> Tensor:
-    """`codes` of ``rows: [n, D]``, each drawn with a probability that grows with its squared distance from those before.
+    """`codes` of ``rows: [n, D]``, each drawn with probability proportional to its squared distance from those before.
 
     Where fewer rows differ than codes are wanted, rows repeat.
     """

@@ -21,7 +21,9 @@ SAMPLES = {d: list(CASES["codebook_lookup"].samples(d, False)) for d in (torch.f
 
 def problem(n=70, K=600, D=40, **arguments):
     g = torch.Generator().manual_seed(0)
-    return Sample("problem", {"z": torch.randn(n, D, generator=g), "codebook": torch.randn(K, D, generator=g), **arguments})
+    return Sample(
+        "problem", {"z": torch.randn(n, D, generator=g), "codebook": torch.randn(K, D, generator=g), **arguments}
+    )
 
 
 @pytest.mark.parametrize("dtype", SAMPLES, ids=str)
@@ -67,9 +69,21 @@ DEFECTS = {
         "norm = tl.load(p_z_norm + i)",
         r"out of bounds load: .* nearest 'p_z_norm'",
     ),
-    "one code too many": ("(k[None, :] < K) & (d[:, None] < D)", "(k[None, :] <= K) & (d[:, None] < D)", "nearest 'p_codes'|race: program .* loads"),
-    "parts overlap": ("(split.to(tl.int64) * n + i) * 3", "(split.to(tl.int64) * 0 + i) * 3", "race: program .* 'p_found'"),
-    "values of the wrong row": ("tl.store(p_values + i * v_step", "tl.store(p_values + i * v_step // 2", "race: program .* 'p_values'"),
+    "one code too many": (
+        "(k[None, :] < K) & (d[:, None] < D)",
+        "(k[None, :] <= K) & (d[:, None] < D)",
+        "nearest 'p_codes'|race: program .* loads",
+    ),
+    "parts overlap": (
+        "(split.to(tl.int64) * n + i) * 3",
+        "(split.to(tl.int64) * 0 + i) * 3",
+        "race: program .* 'p_found'",
+    ),
+    "values of the wrong row": (
+        "tl.store(p_values + i * v_step",
+        "tl.store(p_values + i * v_step // 2",
+        "race: program .* 'p_values'",
+    ),
     "columns without mask": (
         "tl.store(p_g_codes + k * D + d, acc.to(p_g_codes.dtype.element_ty), mask=d < D)",
         "tl.store(p_g_codes + k * D + d, acc.to(p_g_codes.dtype.element_ty))",
@@ -78,7 +92,7 @@ DEFECTS = {
     "one row too many": ("tl.load(p_starts + k + 1))", "tl.load(p_starts + k + 1) + 1)", "nearest 'p_order'"),
     "no bound": ("error = gamma * norm * weight + tiny", "error = -4.0 * norm * weight", "differ in indices"),
     "ties to the last": ("chosen = tl.where(top > best", "chosen = tl.where(top >= best", "differ in indices"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("defect", DEFECTS)

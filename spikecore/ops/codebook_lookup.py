@@ -8,14 +8,15 @@ With ``z: [n, D]`` and ``codebook: [K, D]``
     index[i] = the smallest k of the greatest score,  value[i] = c[index[i]]
 
 What is compared are scores in **float64**, summed in one fixed order, for inputs of every dtype: products of float32
-numbers are exact there. So the answer depends on no backend, instruction set or number of threads, and only codes whose
-scores lie within about 1e-15 of the best (relative to ``|z| |c|``) are told apart by rounding. Kernels get it by screening
-all codes in float32, bfloat16 or on tensor cores, and scoring in float64 those that the proven error of the screening
-(Cauchy-Schwarz over the rounded parts, and the usual bound for the sums; Higham 2002, sec. 3.1) leaves in the race.
+numbers are exact there. So the answer depends on no backend, instruction set or number of threads, and only codes
+whose scores lie within about 1e-15 of the best (relative to ``|z| |c|``) are told apart by rounding. Kernels get it by
+screening all codes in float32, bfloat16 or on tensor cores, and scoring in float64 those that the proven error of the
+screening (Cauchy-Schwarz over the rounded parts, and the usual bound for sums; Higham 2002, sec. 3.1) leaves in the
+race.
 
 Gradients: straight through to z (``g_z = g_value``; van den Oord et al. 2017), and the sum of ``g_value`` over its rows
-to each code, in the order of the rows. Product groups split the last dimension (Jegou et al. 2011); residual stages look
-up what the stages before left over (Zeghidour et al. 2021).
+to each code, in the order of the rows. Product groups split the last dimension (Jegou et al. 2011); residual stages
+look up what the stages before left over (Zeghidour et al. 2021).
 """
 
 from collections.abc import Sequence
@@ -51,8 +52,8 @@ def codebook_lookup(
             answer) such rows get index -1 and NaN, and such codes are never chosen.
 
     Returns:
-        ``(indices, values)``: int64 ``[...]``, or ``[..., groups]`` where groups > 1; and the codes there, ``[..., groups *
-        D]`` in the dtype of z.
+        ``(indices, values)``: int64 ``[...]``, or ``[..., groups]`` where groups > 1; and the codes there,
+        ``[..., groups * D]`` in the dtype of z.
 
     Raises:
         TypeError, ValueError: an argument that can be judged without looking at the tensors.
@@ -80,7 +81,9 @@ def codebook_lookup_ref(
         if metric == "cosine":
             length = b.norm(dim=-1).unsqueeze(1)
             score = torch.where(length == 0, 0.0, score / length)
-    indices = score.nan_to_num(-torch.inf, posinf=-torch.inf).argmax(-1).T.reshape(*parts.shape[:-1])  # the first of equals
+    indices = (
+        score.nan_to_num(-torch.inf, posinf=-torch.inf).argmax(-1).T.reshape(*parts.shape[:-1])
+    )
     bad = ~parts.detach().isfinite().all(-1)
     if check_nan and bool(bad.any()):
         raise RuntimeError("codebook_lookup: z must be finite, got NaN or infinity")

@@ -212,7 +212,7 @@ def codebook_lookup_fwd(z, codebook, metric, groups, check_nan):
 
     indices, values = _codebook_lookup_fwd_fake(z, codebook, metric, groups, check_nan)
     _refuse_double("codebook_lookup", z)
-    K, D = codebook.shape[-2], codebook.shape[-1]
+    D = codebook.shape[-1]
     if not indices.numel():
         return indices, values
     if D == 0:
@@ -221,21 +221,20 @@ def codebook_lookup_fwd(z, codebook, metric, groups, check_nan):
     out_i, out_v = indices.view(-1, groups), values.view(-1, groups, D)
     if codebook.dim() == 2 and rows.is_contiguous():  # one book for rows of all groups alike
         rows, out_i, out_v = rows.view(-1, 1, D), out_i.view(-1, 1), out_v.view(-1, 1, D)
-    bad_z, bad_c = [], []
+    z_norms, c_norms = [], []
     for g in range(rows.shape[1]):
         book = codebook if codebook.dim() == 2 else codebook[g]
         z_norm, c_norm = _lookup(rows[:, g], book, out_i[:, g], out_v[:, g], metric)
-        bad_z.append(z_norm)
-        bad_c.append(c_norm)
+        z_norms.append(z_norm)
+        c_norms.append(c_norm)
     if check_nan:
-        if torch.cat(bad_z).isnan().any().item():
-            raise RuntimeError(
-                "codebook_lookup: z must be finite, got NaN or infinity (check_nan=False gives such rows index -1)"
-            )
-        if torch.cat(bad_c).isnan().any().item():
-            raise RuntimeError(
-                "codebook_lookup: codebook must be finite, got NaN or infinity (check_nan=False never chooses such codes)"
-            )
+        for name, norms, instead in (
+            ("z", z_norms, "gives such rows index -1"), ("codebook", c_norms, "never chooses such codes")
+        ):  # fmt: skip
+            if torch.cat(norms).isnan().any().item():
+                raise RuntimeError(
+                    f"codebook_lookup: {name} must be finite, got NaN or infinity (check_nan=False {instead})"
+                )
     return indices, values
 
 

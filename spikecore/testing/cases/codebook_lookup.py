@@ -10,8 +10,8 @@ from spikecore.testing.cases._case import LAYOUTS, Case, Sample, values
 
 
 def _sample(
-    name: str, dtype: torch.dtype, grid: bool, shape: tuple[int, ...] = (3, 7, 24), K: int = 37, layout: str = "contiguous",
-    groups: int = 1, books: bool = False, mixed: bool = False, **arguments: Any,
+    name: str, dtype: torch.dtype, grid: bool, shape: tuple[int, ...] = (3, 7, 24), K: int = 37,
+    layout: str = "contiguous", groups: int = 1, books: bool = False, mixed: bool = False, **arguments: Any,
 ) -> Sample:  # fmt: skip
     seed = sum(map(ord, name))
     D = shape[-1] // groups
