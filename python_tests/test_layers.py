@@ -80,7 +80,7 @@ def test_training_brings_codes_to_their_rows(update: str, metric: str) -> None:
     optimiser = torch.optim.SGD(layer.parameters(), 1.0) if update == "gradient" else None
     for _ in range(60):
         out = layer(z.clone().requires_grad_())
-        losses.append(float(out.loss))
+        losses.append(float(out.loss.detach()))
         if optimiser:
             optimiser.zero_grad()
             out.loss.backward()
@@ -204,7 +204,7 @@ def test_the_published_rule_merges_a_whole_batch() -> None:
 
 
 def test_every_token_meets_the_book_as_it_is() -> None:
-    """The first token turns row 0 around, so that the second belongs to row 1; the published rule does not look again."""
+    """The first token turns row 0 around, so that the second belongs to row 1; the published rule looks only once."""
     tokens, importance = torch.tensor([[-30.0, 31], [1, 0.5]]), torch.tensor([3.0, 1.0])
     for published, weights in ((False, [4, 2]), (True, [5, 1])):
         book = MergingCodebook(2, 2, published=published)

@@ -69,11 +69,11 @@ SPK_INLINE double sum(const A* z, const A* c, int64_t D, F term) {
 
 template <class A>
 SPK_NOINLINE double dot(const A* z, const A* c, int64_t D) {
-  return sum(z, c, D, [](Doubles a, Doubles b) __attribute__((always_inline)) { return a * b; });
+  return sum(z, c, D, [](const Doubles& a, const Doubles& b) __attribute__((always_inline)) { return a * b; });
 }
 template <class A>
 SPK_NOINLINE double distance(const A* z, const A* c, int64_t D) {
-  return sum(z, c, D, [](Doubles a, Doubles b) __attribute__((always_inline)) { return (a - b) * (a - b); });
+  return sum(z, c, D, [](const Doubles& a, const Doubles& b) __attribute__((always_inline)) { return (a - b) * (a - b); });
 }
 
 template <class A>

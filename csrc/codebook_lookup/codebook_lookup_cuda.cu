@@ -267,7 +267,6 @@ __global__ void __launch_bounds__(kBwdColumns) codebook_bwd_kernel(const Codeboo
     __syncthreads();
     if (d < p.D)
       for (int j = 0; j < found; ++j) sums[owners[j]][threadIdx.x] += load_float(g[rows[j] * p.g_step + d]);
-    __syncthreads();
   }
   if (d >= p.D) return;
   for (int k = 0; k < kBwdCodes && code0 + k < p.K; ++k)

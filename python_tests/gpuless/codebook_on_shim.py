@@ -87,11 +87,11 @@ def source(edits: Sequence[tuple[str, str]] = (), halves: bool = False) -> str:
     return text
 
 
-def codebook_facts(archs: Sequence[int] = aot.ARCHS) -> list[aot.Facts]:
+def codebook_facts(archs: Sequence[int], halves: bool = True) -> list[aot.Facts]:
     """Every kernel as compiled for `archs`, warnings as errors; names as in "codebook_screen float float x 4"."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / SOURCE.name
-        path.write_text(source(halves=True))
+        path.write_text(source(halves=halves))
         facts = aot.nvcc_facts(path, archs, [shim.CSRC], NVCC)
     return [aot.replace(f, name=_plain(f.name)) for f in facts]
 

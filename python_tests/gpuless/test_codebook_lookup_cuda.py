@@ -79,9 +79,7 @@ def test_a_difference_is_seen(shim_library):
     with pytest.raises(AssertionError, match="of 8 differ in indices"):
         assert_same("codebook_lookup", lambda **a: LOOKUP(**a, metric="l2"), sample)
     with pytest.raises(AssertionError, match="differ in grad codebook"):
-        assert_same(
-            "codebook_lookup", lambda z, codebook: codebook_lookup(z, codebook * 1.0 + 0 * codebook.sum()), sample
-        )
+        assert_same("codebook_lookup", lambda z, codebook: codebook_lookup(z, 2 * codebook - codebook.detach()), sample)
 
 
 # ---- memory accesses
@@ -118,9 +116,9 @@ def test_tiles_are_read_by_16_bytes(codebook_shim):
     n, K, D = 64, 128, 64
     assert run_forward(codebook_shim, n, K, D) == ""
     tiles = n // 64
-    assert codebook_shim.count(False, 16) == (K // 64 * n * D + tiles * K * D) // 4 + n  # and what was found, a row
+    assert codebook_shim.count(False, 16) == (K // 64 * n * D + tiles * K * D) // 4 + 128 * n  # and what was found, by all of a row's
     assert run_forward(codebook_shim, n, K, D + 1) == ""  # no multiple of 4: one number at a time
-    assert codebook_shim.count(False, 16) == n
+    assert codebook_shim.count(False, 16) == 128 * n
 
 
 # ---- planted defects
@@ -164,18 +162,13 @@ DEFECTS = {
     ),
     "ties taken for settled": (
         ("f.lower > f.second && ", "f.upper >= f.second && "),
-        lambda shim: run_forward(shim, ties=True),
+        lambda shim: run_forward(shim, K=140, ties=True),
         "wrong indices",
     ),
     "list without barrier": (
         ("owners[place] = int(k);\n    }\n    __syncthreads();", "owners[place] = int(k);\n    }"),
         run_backward,
-        "race: .* shared memory",
-    ),
-    "list overwritten": (
-        ("* p.g_step + d]);\n    __syncthreads();", "* p.g_step + d]);"),
-        run_backward,
-        "race: .* shared memory",
+        "race: .* shared memory|out of bounds read .* of ro_g",
     ),
     "columns past the end": (("if (d >= p.D) return;", ""), run_backward, "out of bounds write .* of g_codes|race"),
     "rows out of order": (
@@ -211,8 +204,9 @@ MOST = {"codebook_norm": 64, "codebook_screen": 128, "codebook_settle": 128, "co
 
 @pytest.mark.slow
 def test_compiled_kernels():
-    facts = codebook_on_shim.codebook_facts()
-    assert len(facts) == 3 * (3 + 5 * 2 + 5 + 5)
+    """All of them for sm_90, those of float32 for the others."""
+    facts = codebook_on_shim.codebook_facts([90]) + codebook_on_shim.codebook_facts([80, 100], halves=False)
+    assert len(facts) == 3 + 5 * 4 + 2 * (1 + 4)
     for f in facts:
         kind = f.name.split()[0]
         assert (f.spills, f.stack, f.local) == (0, 0, 0), (f.name, f.arch)

@@ -68,7 +68,7 @@ def codebook_lookup(
 def codebook_lookup_ref(
     z: Tensor, codebook: Tensor, metric: str = "dot", groups: int = 1, *, check_nan: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The reference of `codebook_lookup`: all scores at once, in float64; gradients by autograd."""
+    """The reference of `codebook_lookup`: the matrix of all scores, in float64; gradients by autograd."""
     D = z.shape[-1] // groups
     parts = z.unflatten(-1, (groups, D))
     books = codebook.expand(groups, *codebook.shape[-2:])
@@ -77,13 +77,13 @@ def codebook_lookup_ref(
     if metric == "l2":
         score = -torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
     else:
-        score = a @ b.mT
+        score = a.new_empty(groups, n, b.shape[1])
+        for i in range(n):  # no matrix product: in it equal codes may round differently
+            score[:, i] = (a[:, i : i + 1] * b).sum(-1)
         if metric == "cosine":
             length = b.norm(dim=-1).unsqueeze(1)
             score = torch.where(length == 0, 0.0, score / length)
-    indices = (
-        score.nan_to_num(-torch.inf, posinf=-torch.inf).argmax(-1).T.reshape(*parts.shape[:-1])
-    )
+    indices = score.nan_to_num(-torch.inf, posinf=-torch.inf).argmax(-1).T.reshape(*parts.shape[:-1])
     bad = ~parts.detach().isfinite().all(-1)
     if check_nan and bool(bad.any()):
         raise RuntimeError("codebook_lookup: z must be finite, got NaN or infinity")
