@@ -116,7 +116,9 @@ def test_tiles_are_read_by_16_bytes(codebook_shim):
     n, K, D = 64, 128, 64
     assert run_forward(codebook_shim, n, K, D) == ""
     tiles = n // 64
-    assert codebook_shim.count(False, 16) == (K // 64 * n * D + tiles * K * D) // 4 + 128 * n  # and what was found, by all of a row's
+    assert (
+        codebook_shim.count(False, 16) == (K // 64 * n * D + tiles * K * D) // 4 + 128 * n
+    )  # and what was found, by all of a row's
     assert run_forward(codebook_shim, n, K, D + 1) == ""  # no multiple of 4: one number at a time
     assert codebook_shim.count(False, 16) == 128 * n
 
