@@ -99,16 +99,17 @@ const float* vector(float* tmp, const void* base, DType dtype, int64_t i, int64_
 struct Work {        // of one call
   float *z, *c;      // [D] a row, a code
   float* packed;     // kTogether tiles of rows
-  uint32_t* halves;  // [D / 2 + 1]
+  uint32_t* staged;  // [kPanel][pitch] packed vectors before they become columns
+  int64_t pitch;     // a little over D: no two of them on the same cache sets
   char* memory;
   static int64_t rounded(int64_t n) { return (n + 31) / 16 * 16; }
-  explicit Work(int64_t D, int64_t packed_floats) {
-    const int64_t each = rounded(D);
-    memory = static_cast<char*>(aligned_alloc(64, size_t(3 * each + rounded(packed_floats)) * 4));
+  explicit Work(int64_t D, int64_t packed_floats) : pitch(rounded(D)) {
+    if (pitch % 256 == 0) pitch += 16;
+    memory = static_cast<char*>(aligned_alloc(64, size_t((2 + kPanel) * pitch + rounded(packed_floats)) * 4));
     z = reinterpret_cast<float*>(memory);
-    c = z + each;
-    halves = reinterpret_cast<uint32_t*>(c + each);
-    packed = c + 2 * each;
+    c = z + pitch;
+    staged = reinterpret_cast<uint32_t*>(c + pitch);
+    packed = c + (1 + kPanel) * pitch;
   }
   ~Work() { free(memory); }
   Work(const Work&) = delete;
@@ -120,25 +121,24 @@ struct Packed {
   double norm, residual;  // of the vector, and of what the packed one lacks
 };
 
-SPK_NOINLINE Packed pack_float(float* out, int stride, const float* x, double scale, int64_t D) {
+SPK_NOINLINE Packed pack_float(float* out, const float* x, double scale, int64_t D) {
   if (scale == 1) {
-    for (int64_t d = 0; d < D; ++d) out[d * stride] = x[d];
+    memcpy(out, x, size_t(D) * sizeof(float));
     return {sqrt(dot(x, x, D)), 0};
   }
   double norm = 0, residual = 0;
   for (int64_t d = 0; d < D; ++d) {
     const double want = x[d] * scale;
-    const float got = float(want);
-    out[d * stride] = got;
+    out[d] = float(want);
     norm += want * want;
-    residual += (want - got) * (want - got);
+    residual += (want - out[d]) * (want - out[d]);
   }
   return {sqrt(norm), sqrt(residual)};
 }
 
 #if defined(SPK_BF16)
 // Flushes subnormals, as the product does, so that the residual knows of it.
-SPK_BF16 SPK_NOINLINE Packed pack_bf16(uint32_t* out, int stride, const float* x, double scale, int64_t D, uint32_t* tmp) {
+SPK_BF16 SPK_NOINLINE Packed pack_bf16(uint32_t* out, const float* x, double scale, int64_t D) {
   __m512d norm = _mm512_setzero_pd(), residual = norm;
   const __m512d by = _mm512_set1_pd(scale);
   for (int64_t d = 0; d < D; d += 16) {
@@ -150,47 +150,58 @@ SPK_BF16 SPK_NOINLINE Packed pack_bf16(uint32_t* out, int stride, const float* x
     const __m256bh half = _mm512_cvtneps_pbh(scaled);
     __m256i bits;
     memcpy(&bits, &half, sizeof bits);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(tmp + d / 2), bits);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + d / 2), bits);
     const __m512 back = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
     norm = _mm512_fmadd_pd(hi, hi, _mm512_fmadd_pd(lo, lo, norm));
     lo = _mm512_sub_pd(lo, _mm512_cvtps_pd(_mm512_castps512_ps256(back)));
     hi = _mm512_sub_pd(hi, _mm512_cvtps_pd(_mm512_extractf32x8_ps(back, 1)));
     residual = _mm512_fmadd_pd(hi, hi, _mm512_fmadd_pd(lo, lo, residual));
   }
-  for (int64_t i = 0; i < (D + 1) / 2; ++i) out[i * stride] = tmp[i];
   return {sqrt(_mm512_reduce_add_pd(norm)), sqrt(_mm512_reduce_add_pd(residual))};
 }
 #endif
 
-// x as column `column` of a matrix of `stride` columns: of floats, or of pairs of bfloat16.
-Packed pack(bool half, void* out, int column, int stride, const float* x, double scale, int64_t D, uint32_t* tmp) {
+// x as vector j of those staged: floats, or pairs of bfloat16.
+Packed stage(bool half, int j, const float* x, double scale, int64_t D, Work& work) {
+  uint32_t* out = work.staged + j * work.pitch;
 #if defined(SPK_BF16)
-  if (half) return pack_bf16(static_cast<uint32_t*>(out) + column, stride, x, scale, D, tmp);
+  if (half) return pack_bf16(out, x, scale, D);
 #endif
-  (void)half, (void)tmp;
-  return pack_float(static_cast<float*>(out) + column, stride, x, scale, D);
+  (void)half;
+  return pack_float(reinterpret_cast<float*>(out), x, scale, D);
 }
 
-void pack_zeros(bool half, void* out, int column, int stride, int64_t D) {
-  float* to = static_cast<float*>(out) + column;  // 0 as a float is a pair of zeros
-  for (int64_t d = 0; d < (half ? (D + 1) / 2 : D); ++d) to[d * stride] = 0;
+void stage_zeros(int j, int64_t D, Work& work) { memset(work.staged + j * work.pitch, 0, size_t(D) * 4); }
+
+// The staged vectors as columns: out [count][COLUMNS].
+template <int COLUMNS>
+SPK_NOINLINE void columns(float* out, int64_t count, const Work& work) {
+  constexpr int kBlock = 16;
+  uint32_t* to = reinterpret_cast<uint32_t*>(out);
+  for (int64_t d = 0; d < count; d += kBlock) {
+    const int m = count - d < kBlock ? int(count - d) : kBlock;
+    for (int j = 0; j < COLUMNS; ++j) {
+      const uint32_t* from = work.staged + j * work.pitch + d;
+      for (int i = 0; i < m; ++i) to[(d + i) * COLUMNS + j] = from[i];
+    }
+  }
 }
 
-int64_t packed_size(const CodebookScan& p, int columns) { return (p.bf16 ? (p.f.D + 1) / 2 : p.f.D) * columns; }
+int64_t words(const CodebookScan& p) { return p.bf16 ? (p.f.D + 1) / 2 : p.f.D; }  // of a packed vector
 
 float up(double x) { return float(x * (1 + 0x1p-20)); }
 
 void pack_panel(const CodebookScan& p, int64_t i, Work& work) {
   const CodebookFwd& f = p.f;
   CodebookPanel& panel = p.panels[i];
-  float* out = static_cast<float*>(p.packed) + i * packed_size(p, kPanel);
+  float* out = static_cast<float*>(p.packed) + i * words(p) * kPanel;
   double weight = 0, residual = 0;
   panel.bad = 0;
   for (int j = 0; j < kPanel; ++j) {
     const int64_t k = i * kPanel + j;
     panel.bias[j] = -INFINITY;
     if (k >= p.count) {
-      pack_zeros(p.bf16, out, j, kPanel, f.D);
+      stage_zeros(j, f.D, work);
       continue;
     }
     const float* c = vector(work.c, f.codes, f.c_dtype, p.first + k, f.D, f.D);
@@ -199,16 +210,17 @@ void pack_panel(const CodebookScan& p, int64_t i, Work& work) {
       const double square = dot(c, c, f.D);
       scale = square > 0 ? 1 / sqrt(square) : 0;
     }
-    const Packed got = pack(p.bf16, out, j, kPanel, c, scale, f.D, work.halves);
+    const Packed got = stage(p.bf16, j, c, scale, f.D, work);
     if (!isfinite(got.norm) || !isfinite(scale)) {
       ++panel.bad;
-      pack_zeros(p.bf16, out, j, kPanel, f.D);
+      stage_zeros(j, f.D, work);
       continue;
     }
     panel.bias[j] = f.metric == Metric::l2 ? float(-0.5 * got.norm * got.norm) : 0.f;
     weight = got.norm > weight ? got.norm : weight;
     residual = got.residual > residual ? got.residual : residual;
   }
+  columns<kPanel>(out, words(p), work);
   panel.weight = up(weight);
   panel.residual = up(residual);
   panel.slack = f.metric == Metric::l2 ? up(0x1p-20 * weight * weight) : 0.f;
@@ -404,16 +416,17 @@ void pack_rows(const CodebookScan& p, int64_t row, int rows, float* out, Bounds&
     Packed z{0, 0};
     bool fine = false;
     if (r < rows) {
-      z = pack(p.bf16, out, r, kRows, row_of(p.f, row + r, work), 1, p.f.D, work.halves);
+      z = stage(p.bf16, r, row_of(p.f, row + r, work), 1, p.f.D, work);
       fine = isfinite(z.norm);
       if (p.first == 0) p.rows[row + r] = {fine ? -INFINITY : INFINITY, 0, 0, {}, {}};
     }
     if (!fine) {
-      pack_zeros(p.bf16, out, r, kRows, p.f.D);
+      stage_zeros(r, p.f.D, work);
       z = {0, 0};
     }
     bound(e, r, z, p.f.metric, p.f.D);
   }
+  columns<kRows>(out, words(p), work);
 }
 
 template <class T>
@@ -493,7 +506,7 @@ int codebook_pack(const CodebookScan& p, int64_t begin, int64_t end) {
 }
 
 int codebook_screen(const CodebookScan& p, int64_t begin, int64_t end) {
-  const int64_t D = p.f.D, size = packed_size(p, kRows), panels = (p.count + kPanel - 1) / kPanel;
+  const int64_t D = p.f.D, size = words(p) * kRows, panels = (p.count + kPanel - 1) / kPanel;
   Work work(D, kTogether * size);
   if (!work.memory) return kOutOfMemory;
   alignas(64) float scores[kRows * kPanel];
@@ -506,7 +519,7 @@ int codebook_screen(const CodebookScan& p, int64_t begin, int64_t end) {
     };
     for (int t = 0; t < tiles; ++t) pack_rows(p, (tile + t) * kRows, rows(t), work.packed + t * size, errors[t], work);
     for (int64_t i = 0; i < panels; ++i) {
-      const float* codes = static_cast<const float*>(p.packed) + i * packed_size(p, kPanel);
+      const float* codes = static_cast<const float*>(p.packed) + i * words(p) * kPanel;
       for (int t = 0; t < tiles; ++t) {
 #if defined(SPK_BF16)
         if (p.bf16)

@@ -38,9 +38,9 @@ def test_kernels_under_asan_and_ubsan(op, tmp_path):
         ("lif", "i < n; ++i) d[i] += s[i];", "i < n + 1; ++i) d[i] += s[i];", "AddressSanitizer"),
         ("codebook_lookup", "if (s > best &&", "if (s >= best &&", ": index["),
         ("codebook_lookup", "e.a[r] * c.weight", "-e.a[r] * c.weight", ": index["),
-        ("codebook_lookup", "? ~0u : (1u << left) - 1", "? ~0u : ~0u", ": index[|AddressSanitizer"),
-        ("codebook_lookup", "if (row.count == kKept) settle(row, f, i, work);", "", "runtime error|AddressSanitizer"),
-        ("codebook_lookup", "p.order[i] * p.g_step + d", "p.order[i] * p.g_step", ": sum["),
+        ("codebook_lookup", "float(-0.5 * got.norm", "float(-0.4 * got.norm", ": index["),
+        ("codebook_lookup", "if (row.count == kKept) settle", "if (row.count > kKept) settle", "runtime error"),
+        ("codebook_lookup", "p.order[i] * p.g_step + d", "i * p.g_step + d", ": sum["),
     ],
 )
 def test_check_finds_mistakes(op, tmp_path, monkeypatch, right, wrong, complaint):
@@ -57,7 +57,7 @@ def test_check_finds_mistakes(op, tmp_path, monkeypatch, right, wrong, complaint
     program = kernels.link_check(op, tmp_path, objects, compiler, [*flags, f"-DSPK_CHECK_ONLY={isa}"])
     done = subprocess.run([program, "56"], capture_output=True, text=True)
     assert done.returncode != 0
-    assert any(c in done.stdout + done.stderr for c in complaint.split("|"))
+    assert complaint in done.stdout + done.stderr
 
 
 @EACH
