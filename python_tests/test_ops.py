@@ -140,21 +140,25 @@ def test_every_output_element_is_written(case: Case, name: str) -> None:
     sample = case.sample(name)
     clean, want = case.op(**sample.arguments), gradients(case.op, sample)  # held right by the tests above and below
     sizes = {t.numel() * t.element_size() for t in (*clean, *want.values())} - {0}
-    poisoned: set[int] = set()
+    poisoned: set[tuple[int, int]] = set()  # where blocks began and ended
 
     def poison() -> None:
         blocks = [torch.full((n,), 0xFF, dtype=torch.uint8) for n in sizes for _ in range(24)]
-        poisoned.update(b.data_ptr() for b in blocks)
+        poisoned.update((b.data_ptr(), b.data_ptr() + b.numel()) for b in blocks)
+
+    def reached(*results: Tensor) -> int:
+        return sum(begin <= t.data_ptr() < end for begin, end in poisoned for t in results if t.numel())
 
     hits = 0
     for _ in range(4):
         poison()
         actual = case.op(**sample.arguments)
-        hits += sum(o.data_ptr() in poisoned for o in actual if o.numel())
+        hits += reached(*actual)
         assert all(torch.equal(got, expected) for got, expected in zip(actual, clean, strict=True))
         del actual
         poison()
         got = gradients(case.op, sample)
+        hits += reached(*got.values())
         assert [arg for arg, g in got.items() if not torch.equal(g, want[arg])] == []
         del got
     if max(sizes, default=0) > 1024:  # smaller ones come from a pool of recent results

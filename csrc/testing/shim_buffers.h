@@ -5,6 +5,7 @@
 #include "spiking_self_attention/spiking_self_attention.h"
 #include "selective_scan/selective_scan.h"
 #include "selective_scan_2d/selective_scan_2d.h"
+#include "codebook_lookup/codebook_lookup.h"
 
 namespace spk {
 
@@ -26,5 +27,7 @@ void shim_buffers(const SelectiveScanBwd& p);
 void shim_buffers(const SelectiveScanReduce& p);
 void shim_buffers(const SelectiveScan2dFwd& p);
 void shim_buffers(const SelectiveScan2dBwd& p);
+void shim_buffers(const CodebookFwd& p);
+void shim_buffers(const CodebookBwd& p);
 
 }  // namespace spk

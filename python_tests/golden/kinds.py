@@ -1,6 +1,7 @@
 """Everything that runs cases: importing this registers all runners and the operators' backends."""
 
 from golden import (
+    codebooks,  # noqa: F401
     models,  # noqa: F401
     neurons,  # noqa: F401
     qk_attention,  # noqa: F401

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.slow
 SANITIZERS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ARM = "aarch64-linux-gnu-g++"
 QUICK = {"lif": "196", "selective_scan_2d": "40"}  # random problems, where every instruction is slow
+QUICK = {"lif": "196", "codebook_lookup": "120"}  # random problems, where every instruction is slow
 EACH = pytest.mark.parametrize("op", QUICK)
 
 
@@ -39,6 +40,11 @@ def test_kernels_under_asan_and_ubsan(op, tmp_path):
         ("selective_scan_2d", "if (++s == S) s = 0, ++j;", "if (++s == S) s = 0;", ": g_C["),
         ("selective_scan_2d", "const bool back = code == 2 ||", "const bool back =", ": y["),
         ("selective_scan_2d", "step = back ? -1 : 1;", "step = back ? -2 : 1;", "AddressSanitizer"),
+        ("codebook_lookup", "if (s > best &&", "if (s >= best &&", ": index["),
+        ("codebook_lookup", "e.a[r] * c.weight", "-e.a[r] * c.weight", ": index["),
+        ("codebook_lookup", "float(-0.5 * got.norm", "float(-0.4 * got.norm", ": index["),
+        ("codebook_lookup", "if (row.count == kKept) settle", "if (row.count > kKept) settle", "runtime error"),
+        ("codebook_lookup", "p.order[i] * p.g_step + d", "i * p.g_step + d", ": sum["),
     ],
 )
 def test_check_finds_mistakes(op, tmp_path, monkeypatch, right, wrong, complaint):

@@ -1,5 +1,11 @@
 """The fused operators; each stands beside its reference in plain PyTorch (`<op>_ref`)."""
 
+from spikecore.ops.codebook_lookup import (
+    codebook_decode,
+    codebook_lookup,
+    codebook_lookup_ref,
+    residual_codebook_lookup,
+)
 from spikecore.ops.cross_scan import (
     SCANS,
     cross_merge,
@@ -35,6 +41,9 @@ from spikecore.ops.spiking_self_attention import (
 __all__ = [
     "LIFParams",
     "SCANS",
+    "codebook_decode",
+    "codebook_lookup",
+    "codebook_lookup_ref",
     "cross_merge",
     "cross_scan",
     "lif",
@@ -42,6 +51,7 @@ __all__ = [
     "pack_spikes",
     "qk_attention",
     "qk_attention_ref",
+    "residual_codebook_lookup",
     "selective_scan",
     "selective_scan_2d",
     "selective_scan_2d_ref",

@@ -3,6 +3,7 @@ must move, for benches. A new operator adds a Case; the sweep (python_tests/test
 """
 
 from spikecore.testing.cases import (
+    codebook_lookup,
     lif,
     qk_attention,
     selective_scan,
@@ -21,5 +22,6 @@ _ALL = (
     spiking_self_attention.CASE,
     selective_scan.CASE,
     selective_scan_2d.CASE,
+    codebook_lookup.CASE,
 )
 CASES: dict[str, Case] = {case.name: case for case in _ALL}

@@ -1,0 +1,333 @@
+// codebook_lookup on a GPU. Norms first; then tiles of rows against tiles of codes in float, each thread with the best
+// and the second best of its rows in registers; then, row by row, scores in double of those codes that the rounding
+// errors leave in the race (the order of codebook_lookup_cpu.cpp's `sum`), and the chosen vector.
+#include "codebook_lookup/codebook_lookup.h"
+#include "core/cuda.h"
+
+namespace spk {
+namespace {
+
+constexpr int kBlock = 256;                          // threads that screen
+constexpr int kTile = 64, kDeep = 32, kOwn = 4;      // rows and codes of a tile, numbers of each at once, a thread's share
+constexpr int kPitch = kTile + 4;                    // keeps stores of a transposed tile out of each other's banks
+constexpr int kSettle = 128;                         // threads of a row
+constexpr int kBwdCodes = 16, kBwdColumns = 128;     // sums of a block
+constexpr int64_t kBlocks = 264, kSplitCodes = 512;  // blocks worth having; least codes of a part
+constexpr unsigned kAll = ~0u;
+using Float4 = Vec<float, 4>;
+
+// |product in float - product| <= gamma |z| |c|, with room for biases, scales and thresholds in float.
+__device__ __forceinline__ float gamma_of(int64_t D) { return float(2 * D + 16) * 0x1p-24f + 0x1p-17f; }
+
+// A score in float, and what it errs by at most. weight: the norm of the code; for cosine 1 over it.
+struct Scored {
+  float value, error;
+};
+__device__ __forceinline__ Scored scored(float product, float z_norm, float weight, float gamma, Metric metric, int64_t D) {
+  const float tiny = float(D) * 0x1p-124f;
+  if (metric == Metric::cosine) return {product * weight, gamma * z_norm + tiny * weight};
+  if (metric == Metric::dot) return {product, gamma * z_norm * weight + tiny};
+  return {product - 0.5f * weight * weight, gamma * (z_norm + weight) * weight + (float(D) * 0x1p-49f * z_norm * z_norm + tiny)};
+}
+
+__device__ __forceinline__ double add_lanes(double v) {
+  for (int width = 16; width; width /= 2) v += __shfl_xor_sync(kAll, v, width);
+  return v;
+}
+__device__ __forceinline__ float add_lanes(float v) {
+  for (int width = 16; width; width /= 2) v += __shfl_xor_sync(kAll, v, width);
+  return v;
+}
+
+// A warp owns a vector of x: [n, D]; its norm, rounded up, or NaN. inverse: 1 over the norm, or 0.
+template <class T>
+__global__ void __launch_bounds__(kSettle)
+    codebook_norm_kernel(const T* __restrict__ x, int64_t n, int64_t D, int64_t step, bool inverse, float* norm, int32_t* bad) {
+  const int64_t i = (int64_t(blockIdx.x) * kSettle + threadIdx.x) / 32;
+  if (i >= n) return;
+  double sum = 0;
+  for (int64_t d = threadIdx.x % 32; d < D; d += 32) {
+    const double v = load_float(x[i * step + d]);
+    sum += v * v;
+  }
+  sum = add_lanes(sum);
+  if (threadIdx.x % 32) return;
+  const bool fine = sum - sum == 0;
+  const double length = inverse ? (sum > 0 ? 1 / sqrt(sum) : 0) : sqrt(sum);
+  norm[i] = fine ? float(length * (1 + 0x1p-20)) : __int_as_float(0x7fc00000);
+  if (!fine) atomicOr(bad, 1);
+}
+
+// The best of a row so far.
+struct Best {
+  float upper, error, second;
+  int32_t index;
+  __device__ __forceinline__ void meet(float upper_, float error_, int32_t index_) {
+    if (upper_ > upper) {
+      second = upper;
+      upper = upper_, error = error_, index = index_;
+    } else {
+      second = upper_ > second ? upper_ : second;
+    }
+  }
+};
+
+// kTile rows of kDeep numbers of x, transposed into shared memory; zeros past the end.
+template <class T, int V>
+__device__ __forceinline__ void stage(float* to, const T* __restrict__ x, int64_t first, int64_t end, int64_t step, int64_t d0,
+                                      int64_t D) {
+  constexpr int kParts = kDeep / V;
+#pragma unroll
+  for (int j = threadIdx.x; j < kTile * kParts; j += kBlock) {
+    const int row = j / kParts, d = j % kParts * V;
+    float v[V];
+    if (first + row < end && d0 + d < D) {
+      const Vec<T, V> in = *reinterpret_cast<const Vec<T, V>*>(x + (first + row) * step + d0 + d);
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[i] = load_float(in.d[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < V; ++i) v[i] = 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) to[(d + i) * kPitch + row] = v[i];
+  }
+}
+
+// Block (x, y) owns kTile rows and part y of the codes, a thread kOwn rows and kOwn codes of each tile: walks the tiles of
+// codes, and in each the vectors by kDeep numbers; keeps the best and the second best of its rows in registers.
+template <class T, class C, int V>
+__global__ void __launch_bounds__(kBlock, 2) codebook_screen_kernel(const CodebookFwd p) {
+  SPK_SHARED(Float4, rows, [kDeep * kPitch / 4]);
+  SPK_SHARED(Float4, codes, [kDeep * kPitch / 4]);
+  const T* __restrict__ z = static_cast<const T*>(p.z);      // [n, D]
+  const C* __restrict__ c = static_cast<const C*>(p.codes);  // [K, D]
+  const int64_t row0 = int64_t(blockIdx.x) * kTile, tiles = (p.K + kTile - 1) / kTile;
+  const int64_t begin = tiles * blockIdx.y / gridDim.y * kTile, last = tiles * (blockIdx.y + 1) / gridDim.y * kTile;
+  const int64_t end = last < p.K ? last : p.K;
+  const int mine = threadIdx.x / 16 * kOwn, theirs = threadIdx.x % 16 * kOwn;
+  const float gamma = gamma_of(p.D), inf = __int_as_float(0x7f800000);
+  Best best[kOwn];
+  float norm[kOwn];
+#pragma unroll
+  for (int r = 0; r < kOwn; ++r) {
+    best[r] = {-inf, 0.f, -inf, -1};
+    norm[r] = row0 + mine + r < p.n ? p.z_norm[row0 + mine + r] : 0.f;
+  }
+  for (int64_t code0 = begin; code0 < end; code0 += kTile) {
+    float sum[kOwn][kOwn];
+#pragma unroll
+    for (int r = 0; r < kOwn; ++r)
+#pragma unroll
+      for (int k = 0; k < kOwn; ++k) sum[r][k] = 0.f;
+    for (int64_t d0 = 0; d0 < p.D; d0 += kDeep) {
+      stage<T, V>(rows[0].d, z, row0, p.n, p.z_step, d0, p.D);
+      stage<C, V>(codes[0].d, c, code0, end, p.D, d0, p.D);
+      __syncthreads();
+#pragma unroll 8
+      for (int d = 0; d < kDeep; ++d) {
+        const Float4 a = rows[(d * kPitch + mine) / 4], b = codes[(d * kPitch + theirs) / 4];
+#pragma unroll
+        for (int r = 0; r < kOwn; ++r)
+#pragma unroll
+          for (int k = 0; k < kOwn; ++k) sum[r][k] = __fmaf_rn(a.d[r], b.d[k], sum[r][k]);
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+      const int64_t code = code0 + theirs + k;
+      const float weight = code < end ? p.c_norm[code] : inf - inf;
+      if (weight != weight) continue;
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r) {
+        const Scored s = scored(sum[r][k], norm[r], weight, gamma, p.metric, p.D);
+        const float upper = s.value + s.error;
+        best[r].meet(upper == upper ? upper : inf, s.error, int32_t(code));
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kOwn; ++r) {
+    Best b = best[r];
+    for (int width = 1; width < 16; width *= 2) {
+      const Best other = {__shfl_xor_sync(kAll, b.upper, width), __shfl_xor_sync(kAll, b.error, width),
+                          __shfl_xor_sync(kAll, b.second, width), __shfl_xor_sync(kAll, b.index, width)};
+      b.meet(other.upper, other.error, other.index);
+      b.second = other.second > b.second ? other.second : b.second;
+    }
+    const int64_t row = row0 + mine + r;
+    if (theirs == 0 && row < p.n) p.found[blockIdx.y * p.n + row] = {b.upper, b.upper - 2 * b.error, b.second, b.index};
+  }
+}
+
+// The score of a code by a warp, in the order of the CPU's.
+template <class T, class C>
+__device__ __forceinline__ double score(const T* z, const C* c, Metric metric, int64_t D) {
+  double sum = 0, square = 0;
+  for (int64_t d = threadIdx.x % 32; d < D; d += 32) {
+    const double a = load_float(z[d]), b = load_float(c[d]);
+    if (metric == Metric::l2)
+      sum += (a - b) * (a - b);
+    else
+      sum += a * b;
+    if (metric == Metric::cosine) square += b * b;
+  }
+  sum = add_lanes(sum);
+  if (metric == Metric::l2) return -sum;
+  if (metric == Metric::dot) return sum;
+  square = add_lanes(square);
+  return square == 0 ? 0 : sum / sqrt(square);
+}
+
+// A block owns a row. Where screening left more than one code in the race, its warps share the codes: products in
+// float again, and the scores of those that reach the bound.
+template <class T, class C>
+__global__ void __launch_bounds__(kSettle) codebook_settle_kernel(const CodebookFwd p) {
+  SPK_SHARED(double, scores, [kSettle / 32]);
+  SPK_SHARED(int64_t, indices, [kSettle / 32]);
+  const int64_t i = blockIdx.x, D = p.D;
+  const T* __restrict__ z = static_cast<const T*>(p.z) + i * p.z_step;  // [D]
+  const C* __restrict__ codes = static_cast<const C*>(p.codes);         // [K, D]
+  const float norm = p.z_norm[i], inf = __int_as_float(0x7f800000);
+  CodebookFound f = p.found[i];
+  for (int64_t s = 1; s < p.splits; ++s) {
+    const CodebookFound other = p.found[s * p.n + i];
+    const bool better = other.upper > f.upper;
+    const float loser = better ? f.upper : other.upper;
+    float second = f.second > other.second ? f.second : other.second;
+    second = loser > second ? loser : second;
+    if (better) f = other;
+    f.second = second;
+  }
+  int64_t k = norm == norm ? f.index : -1;
+  const bool sure = f.lower > f.second && f.lower - f.lower == 0;
+  if (k >= 0 && !sure) {
+    // In float the lower end may have lost a rounding.
+    const float floor = f.lower - f.lower == 0 ? f.lower - fabsf(f.lower) * 0x1p-22f : -inf, gamma = gamma_of(D);
+    const int warp = threadIdx.x / 32;
+    double best = -inf;
+    int64_t at = -1;
+    for (int64_t j = warp; j < p.K; j += kSettle / 32) {
+      const C* c = codes + j * D;
+      const float weight = p.c_norm[j];
+      if (weight != weight) continue;
+      float sum = 0;
+      for (int64_t d = threadIdx.x % 32; d < D; d += 32) sum = __fmaf_rn(load_float(z[d]), load_float(c[d]), sum);
+      const Scored s = scored(add_lanes(sum), norm, weight, gamma, p.metric, D);
+      if (s.value + s.error < floor) continue;
+      const double exact = score(z, c, p.metric, D);
+      if (exact > best && exact - exact == 0) best = exact, at = j;
+    }
+    if (threadIdx.x % 32 == 0) {
+      scores[warp] = best;
+      indices[warp] = at;
+    }
+    __syncthreads();
+    k = indices[0];
+    best = scores[0];
+    for (int w = 1; w < kSettle / 32; ++w)
+      if (scores[w] > best || (scores[w] == best && indices[w] < k)) best = scores[w], k = indices[w];
+  }
+  if (threadIdx.x == 0) p.indices[i * p.i_step] = k;
+  T* values = static_cast<T*>(p.values) + i * p.v_step;  // [D]
+  for (int64_t d = threadIdx.x; d < D; d += kSettle)
+    values[d] = store_float<T>(k < 0 ? __int_as_float(0x7fc00000) : load_float(codes[k * D + d]));
+}
+
+// Block (x, y) owns kBwdCodes codes and kBwdColumns of their numbers, a thread one column: walks the rows in their order
+// and keeps those of its codes, so that every sum has one order.
+template <class T, class C>
+__global__ void __launch_bounds__(kBwdColumns) codebook_bwd_kernel(const CodebookBwd p) {
+  SPK_SHARED(float, sums, [kBwdCodes][kBwdColumns]);
+  SPK_SHARED(int64_t, rows, [kBwdColumns]);
+  SPK_SHARED(int, owners, [kBwdColumns]);
+  SPK_SHARED(int, counts, [kBwdColumns / 32]);
+  const T* __restrict__ g = static_cast<const T*>(p.g);  // [n, D]
+  const int64_t code0 = int64_t(blockIdx.x) * kBwdCodes, d = int64_t(blockIdx.y) * kBwdColumns + threadIdx.x;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int k = 0; k < kBwdCodes; ++k) sums[k][threadIdx.x] = 0;
+  for (int64_t i0 = 0; i0 < p.n; i0 += kBwdColumns) {
+    const int64_t i = i0 + threadIdx.x, k = i < p.n ? p.indices[i * p.i_step] - code0 : -1;
+    const bool ours = k >= 0 && k < kBwdCodes;
+    const unsigned votes = __ballot_sync(kAll, ours);
+    if (lane == 0) counts[warp] = __popc(votes);
+    __syncthreads();
+    int place = __popc(votes & ((1u << lane) - 1)), found = 0;
+#pragma unroll
+    for (int w = 0; w < kBwdColumns / 32; ++w) {
+      if (w < warp) place += counts[w];
+      found += counts[w];
+    }
+    if (ours) {
+      rows[place] = i;
+      owners[place] = int(k);
+    }
+    __syncthreads();
+    if (d < p.D)
+      for (int j = 0; j < found; ++j) sums[owners[j]][threadIdx.x] += load_float(g[rows[j] * p.g_step + d]);
+  }
+  if (d >= p.D) return;
+  for (int k = 0; k < kBwdCodes && code0 + k < p.K; ++k)
+    static_cast<C*>(p.g_codes)[(code0 + k) * p.D + d] = store_float<C>(sums[k][threadIdx.x]);
+}
+
+unsigned blocks(int64_t count, int64_t each) { return unsigned((count + each - 1) / each); }
+
+template <class T>
+void norms(const void* x, int64_t n, int64_t D, int64_t step, bool inverse, float* norm, int32_t* bad, void* stream) {
+  (void)stream;
+  SPK_LAUNCH((codebook_norm_kernel<T>), dim3(blocks(n, kSettle / 32)), dim3(kSettle), 0, stream, static_cast<const T*>(x), n, D,
+             step, inverse, norm, bad);
+}
+
+template <class T, class C>
+int forward(const CodebookFwd& p, void* stream) {
+  constexpr int V = 16 / (sizeof(T) > sizeof(C) ? sizeof(T) : sizeof(C));
+  const bool vector = p.D % V == 0 && p.z_step % V == 0 && reinterpret_cast<uintptr_t>(p.z) % (V * sizeof(T)) == 0 &&
+                      reinterpret_cast<uintptr_t>(p.codes) % (V * sizeof(C)) == 0;
+  norms<T>(p.z, p.n, p.D, p.z_step, false, p.z_norm, p.bad_z, stream);
+  norms<C>(p.codes, p.K, p.D, p.D, p.metric == Metric::cosine, p.c_norm, p.bad_c, stream);
+  const dim3 grid(blocks(p.n, kTile), unsigned(p.splits));
+  if (vector)
+    SPK_LAUNCH((codebook_screen_kernel<T, C, V>), grid, dim3(kBlock), 0, stream, p);
+  else
+    SPK_LAUNCH((codebook_screen_kernel<T, C, 1>), grid, dim3(kBlock), 0, stream, p);
+  SPK_LAUNCH((codebook_settle_kernel<T, C>), dim3(unsigned(p.n)), dim3(kSettle), 0, stream, p);
+  return SPK_LAST_ERROR();
+}
+
+template <class T, class C>
+int backward(const CodebookBwd& p, void* stream) {
+  (void)stream;
+  SPK_LAUNCH((codebook_bwd_kernel<T, C>), dim3(blocks(p.K, kBwdCodes), blocks(p.D, kBwdColumns)), dim3(kBwdColumns), 0, stream, p);
+  return SPK_LAST_ERROR();
+}
+
+}  // namespace
+
+int64_t codebook_splits(int64_t n, int64_t K) {
+  const int64_t wanted = kBlocks / ((n + kTile - 1) / kTile), most = K / kSplitCodes, splits = wanted < most ? wanted : most;
+  return splits < 1 ? 1 : splits;
+}
+
+int codebook_lookup_fwd_cuda(const CodebookFwd& p, void* stream) {
+  const bool wide = p.c_dtype == DType::f32;
+  switch (p.dtype) {
+    case DType::f32: return forward<float, float>(p, stream);
+    case DType::bf16: return wide ? forward<__nv_bfloat16, float>(p, stream) : forward<__nv_bfloat16, __nv_bfloat16>(p, stream);
+    default: return wide ? forward<__half, float>(p, stream) : forward<__half, __half>(p, stream);
+  }
+}
+
+int codebook_lookup_bwd_cuda(const CodebookBwd& p, void* stream) {
+  const bool wide = p.c_dtype == DType::f32;
+  switch (p.dtype) {
+    case DType::f32: return backward<float, float>(p, stream);
+    case DType::bf16: return wide ? backward<__nv_bfloat16, float>(p, stream) : backward<__nv_bfloat16, __nv_bfloat16>(p, stream);
+    default: return wide ? backward<__half, float>(p, stream) : backward<__half, __half>(p, stream);
+  }
+}
+
+}  // namespace spk
