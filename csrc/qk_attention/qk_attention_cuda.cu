@@ -10,6 +10,7 @@
 namespace spk {
 namespace {
 
+// Launch bounds name how many of these a multiprocessor holds where ptxas would aim higher and spill.
 constexpr int kBlock = 128;
 constexpr int kWarps = kBlock / 32;
 constexpr int kShared = 48 << 10;  // bytes a block may take without opting in
@@ -64,7 +65,10 @@ __device__ __forceinline__ void store(T* __restrict__ p, const float (&d)[V]) {
     Vec<T, W> out;
 #pragma unroll
     for (int k = 0; k < W; ++k) out.d[k] = store_float<T>(d[j + k]);
-    *reinterpret_cast<Vec<T, W>*>(p + j) = out;
+    if constexpr (sizeof(out) == 16)  // an ordinary store may be taken apart
+      __stwb(reinterpret_cast<uint4*>(p + j), bit_cast<uint4>(out));
+    else
+      *reinterpret_cast<Vec<T, W>*>(p + j) = out;
   }
 }
 
@@ -105,7 +109,7 @@ __device__ __forceinline__ int64_t offset(const QkIn& x, int64_t b, int64_t h, i
 // each of its warps every fourth row of them; or four rows, one a warp. It walks the time steps in segments whose partial
 // sums fit into shared memory, each thread's in its own slots.
 template <class T, int V, bool COLUMNS>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 5)
     qk_sum_kernel(const QkShape shape, const QkLif f, const QkIn x, const QkIn w, bool w_currents, float* out, int steps) {
   constexpr int S = COLUMNS ? V : 1;  // numbers a slot
   SPK_DYN_SHARED(float, held);        // [steps, S, threads]
@@ -268,7 +272,7 @@ enum Operand { kY, kS, kW };
 // neurons. A thread owns V elements, walks the segments from the last: forward from the start, the segment's potentials in
 // its own slots of shared memory, and back.
 template <class T, int V>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 3)
     qk_operand_bwd_kernel(const QkBwd p, const QkLif attn, const QkLif qkv, int operand, int steps, int64_t parts) {
   constexpr int W = V < 4 ? V : 4;
   SPK_DYN_SHARED(float, held);  // [steps, V / W, threads, W]

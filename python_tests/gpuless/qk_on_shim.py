@@ -42,7 +42,8 @@ class QkFwd(ctypes.Structure):
 class QkBwd(ctypes.Structure):
     _fields_ = [
         ("shape", QkShape), ("attn", QkNeuron), ("qkv", QkNeuron),
-        *[(name, QkRows) for name in ("y", "s", "w", "g_out", "g_y", "g_s", "g_w")], *_fields(ptr="sums potentials g_attn"),
+        *[(name, QkRows) for name in ("y", "s", "w", "g_out", "g_y", "g_s", "g_w")],
+        *_fields(ptr="sums potentials g_attn"),
     ]  # fmt: skip
 
 
