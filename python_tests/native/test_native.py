@@ -10,7 +10,7 @@ pytestmark = pytest.mark.slow
 
 SANITIZERS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ARM = "aarch64-linux-gnu-g++"
-QUICK = {"lif": "196"}  # random problems, where every instruction is slow
+QUICK = {"lif": "196", "spiking_self_attention": "60"}  # random problems, where every instruction is slow
 EACH = pytest.mark.parametrize("op", QUICK)
 
 
@@ -36,6 +36,10 @@ def test_kernels_under_asan_and_ubsan(op, tmp_path):
         ("lif", "out[i] = value;", "out[i] = values ? values[0] : value;", "channels="),
         ("lif", "g_x[i] = gain[i] * gi;", "g_x[i] = gain[i] * sg;", ": g_x["),
         ("lif", "i < n; ++i) d[i] += s[i];", "i < n + 1; ++i) d[i] += s[i];", "AddressSanitizer"),
+        ("spiking_self_attention", "= hi >= c.fire_at", "= hi > c.fire_at", ": out["),
+        ("spiking_self_attention", "k < K; ++k", "k < K - (K > 1); ++k", ": out["),
+        ("spiking_self_attention", "g_v[i] = decay * gi;", "g_v[i] = gi;", ": g_q["),
+        ("spiking_self_attention", "load_row(d, s, int(n));", "load_row(d, s, int(n) + 1);", "AddressSanitizer"),
     ],
 )
 def test_check_finds_mistakes(op, tmp_path, monkeypatch, right, wrong, complaint):
