@@ -38,7 +38,7 @@ def test_kernels_under_asan_and_ubsan(op, tmp_path):
         ("lif", "i < n; ++i) d[i] += s[i];", "i < n + 1; ++i) d[i] += s[i];", "AddressSanitizer"),
         ("spiking_self_attention", "= hi >= c.fire_at", "= hi > c.fire_at", ": out["),
         ("spiking_self_attention", "k < K; ++k", "k < K - (K > 1); ++k", ": out["),
-        ("spiking_self_attention", "g_v[i] = decay * gi;", "g_v[i] = gi;", ": g_q["),
+        ("spiking_self_attention", "g_v[i] = decay * gi;", "g_v[i] = decay * g_s[i];", ": g_q["),
         ("spiking_self_attention", "load_row(d, s, int(n));", "load_row(d, s, int(n) + 1);", "AddressSanitizer"),
     ],
 )
