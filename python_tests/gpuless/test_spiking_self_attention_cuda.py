@@ -18,9 +18,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def across_tiles(dtype: torch.dtype) -> Iterator[Sample]:
     """Heads and sequences that cross the tiles of 64 by 64, and steps that cross a byte."""
-    heads = {"decay": torch.tensor([0.5, 0.75]), "gain": torch.tensor([0.5, 1.0])}
-    for T, D, N in ((2, 70, 130), (9, 5, 68)):
-        operands = {arg: values((T, 1, 2, D, N), dtype, True, i) for i, arg in enumerate("qkv")}
+    heads = {"decay": torch.tensor([0.5]), "gain": torch.tensor([0.75])}
+    for T, D, N in ((2, 66, 70), (9, 5, 68)):
+        operands = {arg: values((T, 1, 1, D, N), dtype, True, i) for i, arg in enumerate("qkv")}
         neurons = {"attn": LIFParams(**heads, v_threshold=0.5), "qkv": LIFParams(**heads)}
         yield Sample(f"T={T} D={D} N={N} currents", {**operands, **neurons, "scale": 1 / 64})
         spikes = {arg: (x > 1.5).to(dtype) for arg, x in operands.items()}
@@ -34,7 +34,8 @@ def test_the_cuda_source_is_the_operator(shim_library, dtype, order):
     """No fault of any thread; `order` is that of threads and blocks."""
     ops_on_shim.set_order(shim_library, order)
     case = replace(CASE, op=ON_SHIM)
-    samples = [*across_tiles(dtype), *list(CASE.samples(dtype, True))[order :: 3 if order == 0 else 9]]
+    few = order != 0 or dtype != torch.float32
+    samples = [*([] if order else across_tiles(dtype)), *list(CASE.samples(dtype, True))[order :: 12 if few else 4]]
     try:
         for sample in samples:
             got, want = case.op(**sample.arguments), CASE.op(**sample.arguments)

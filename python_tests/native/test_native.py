@@ -12,6 +12,7 @@ SANITIZERS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefi
 ARM = "aarch64-linux-gnu-g++"
 QUICK = {"lif": "196", "selective_scan_2d": "40"}  # random problems, where every instruction is slow
 QUICK = {"lif": "196", "codebook_lookup": "120"}  # random problems, where every instruction is slow
+QUICK = {"lif": "196", "spiking_self_attention": "60"}  # random problems, where every instruction is slow
 EACH = pytest.mark.parametrize("op", QUICK)
 
 
@@ -45,6 +46,10 @@ def test_kernels_under_asan_and_ubsan(op, tmp_path):
         ("codebook_lookup", "float(-0.5 * got.norm", "float(-0.4 * got.norm", ": index["),
         ("codebook_lookup", "if (row.count == kKept) settle", "if (row.count > kKept) settle", "runtime error"),
         ("codebook_lookup", "p.order[i] * p.g_step + d", "i * p.g_step + d", ": sum["),
+        ("spiking_self_attention", "= hi >= c.fire_at", "= hi > c.fire_at", ": out["),
+        ("spiking_self_attention", "k < K; ++k", "k < K - (K > 1); ++k", ": out["),
+        ("spiking_self_attention", "g_v[i] = decay * gi;", "g_v[i] = decay * g_s[i];", ": g_q["),
+        ("spiking_self_attention", "load_row(d, s, int(n));", "load_row(d, s, int(n) + 1);", "AddressSanitizer"),
     ],
 )
 def test_check_finds_mistakes(op, tmp_path, monkeypatch, right, wrong, complaint):

@@ -115,7 +115,7 @@ def _ssa_bytes(sample: Sample) -> tuple[int, int]:
 
 def _ssa_large(dtype: torch.dtype) -> Iterator[Sample]:
     for size in ((), (5,)):
-        p = {"decay": torch.full(size, 0.6), "gain": torch.full(size, 0.7)}
+        p: dict[str, Any] = {"decay": torch.full(size, 0.6), "gain": torch.full(size, 0.7)}
         operands = {arg: values((4, 3, 5, 24, 99), dtype, False, i) for i, arg in enumerate("qkv")}
         neurons = {"attn": LIFParams(**p, v_threshold=0.5), "qkv": LIFParams(**p)}
         yield Sample(f"parameters {list(size)}", {**operands, **neurons})
