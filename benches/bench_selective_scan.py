@@ -112,9 +112,7 @@ def _problem(
     names = ("u", "delta", "A", "B", "C", "D", "delta_bias")
     must_move = CASES["selective_scan"].bytes_moved(Sample(name, dict(zip(names, tensors, strict=True))))
     training = direction == "training"
-    calls = {
-        peer: partial(train, f, leaves, g_y) if training else _inference(f, tensors) for peer, f in runs.items()
-    }
+    calls = {peer: partial(train, f, leaves, g_y) if training else _inference(f, tensors) for peer, f in runs.items()}
     return Problem(
         name=name,
         direction=direction,

@@ -1,4 +1,4 @@
-"""selective_scan in Triton, the GPU backend where the compiled CUDA kernels cannot run (formulas: ops/selective_scan.py).
+"""selective_scan in Triton: the GPU backend where the CUDA kernels cannot run. Formulas: ops/selective_scan.py.
 
 Same launchers' signatures as the registered ops. A program owns a block of a group's channels with all their states and
 walks the sequence step by step; it reads dense tensors, so others are copied first.

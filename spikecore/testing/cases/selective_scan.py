@@ -99,7 +99,7 @@ def _samples(dtype: torch.dtype, grid: bool) -> Iterator[Sample]:
     yield sample("no decay", A=(0.0, 0.0))
     yield sample("growth", A=(0.2, 0.4), steps=(-2.0, 0.0), L=10)
     yield sample("fast decay", A=(-60.0, -20.0))
-    for empty in ({"B": 0}, {"C": 0}, {"L": 0}, {"S": 0}, {"L": 0, "options": "D z"}, {"S": 0, "options": "z"}):
+    for empty in ({"B": 0}, {"C": 0, "L": 5}, {"L": 0}, {"S": 0}, {"L": 0, "options": "D z"}, {"S": 0, "options": "z"}):
         yield sample(f"empty {empty}", **empty)
 
 
