@@ -19,7 +19,7 @@ def triton_facts(
     fn = getattr(module, f"codebook_{kernel}_kernel")
     constants: dict[str, Any] = {
         "norm": {"INVERSE": False, "BD": 256},
-        "screen": {"METRIC": metric, "BM": module.BM, "BN": module.BN, "BK": module.BK},
+        "screen": {"METRIC": metric, "BM": module.BM, "BN": module.BN, "BK": module.BK[dtype]},
         "settle": {"METRIC": metric, "BN": module.SETTLE, "BD": 256},
         "bwd": {"BD": 256},
     }[kernel] | changes

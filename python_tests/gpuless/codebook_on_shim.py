@@ -81,6 +81,7 @@ def source(edits: Sequence[tuple[str, str]] = (), halves: bool = False) -> str:
             flags=re.S,
         )
         assert n == 2
+        text = text.replace("  const bool wide = p.c_dtype == DType::f32;\n", "")
     for old, new in edits:
         assert old in text, f"{SOURCE.name} no longer contains {old!r}"
         text = text.replace(old, new, 1)

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BM, BN, BK = 64, 64, 32  # rows, codes and numbers of a tile
-WARPS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}  # that screen; without tensor cores 4 would spill
+BM, BN = 64, 64  # rows and codes of a tile
+# Numbers of a vector at once, and warps: without tensor cores operands lie in registers, and more of them would spill.
+BK = {torch.float32: 16, torch.bfloat16: 32, torch.float16: 32}
+WARPS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}
 BLOCKS, SPLIT_CODES = 264, 512  # programs worth having; least codes of a part
 SETTLE = 16  # codes scored at once
 SUMS: tl.constexpr = tl.constexpr(32)  # partial sums of a score
@@ -253,7 +255,7 @@ def _lookup(z: Tensor, codes: Tensor, indices: Tensor, values: Tensor, metric: i
         codebook_norm_kernel[(K,)](codes, c_norm, D, D, INVERSE=metric == 2, BD=BD, **common)
         codebook_screen_kernel[(triton.cdiv(n, BM), splits)](
             z, codes, z_norm, c_norm, found, index, n, K, D, z.stride(0), gamma_of(D, codes.dtype),
-            METRIC=metric, BM=BM, BN=BN, BK=BK, **(common | {"num_warps": WARPS[codes.dtype]}),
+            METRIC=metric, BM=BM, BN=BN, BK=BK[codes.dtype], **(common | {"num_warps": WARPS[codes.dtype]}),
         )  # fmt: skip
         codebook_settle_kernel[(n,)](
             z, codes, z_norm, c_norm, found, index, indices, values,
