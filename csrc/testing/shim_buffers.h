@@ -1,11 +1,11 @@
 // Tells the host shim which memory a launch may touch: one function per params struct, in <op>_buffers.cpp.
 #pragma once
+#include "codebook_lookup/codebook_lookup.h"
 #include "lif/lif.h"
 #include "qk_attention/qk_attention.h"
-#include "spiking_self_attention/spiking_self_attention.h"
 #include "selective_scan/selective_scan.h"
 #include "selective_scan_2d/selective_scan_2d.h"
-#include "codebook_lookup/codebook_lookup.h"
+#include "spiking_self_attention/spiking_self_attention.h"
 
 namespace spk {
 
