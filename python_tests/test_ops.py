@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spikecore import _backend
 from spikecore.testing.cases import CASES, Case, Sample, values
-from spikecore.testing.compare import assert_close, assert_spikes_close
+from spikecore.testing.compare import assert_all_close, assert_close, assert_spikes_close
 
 PAIRS = [(case, name) for case in CASES.values() for name in case.names()]
 EACH = pytest.mark.parametrize(("case", "name"), PAIRS, ids=[f"{c.name}-{n}" for c, n in PAIRS])
@@ -57,20 +57,60 @@ def gradients(f: Callable, sample: Sample, kind: str = "dense") -> dict[str, Ten
     return {k: g for k, g in zip(leaves, got, strict=True) if g is not None}
 
 
-def check_gradients(case: Case, sample: Sample, kind: str = "dense") -> None:
+FEW_NUMBERS = 256  # gradients of fewer are judged together
+
+
+def judged_as(arg: str, gradient: Tensor, dtype: torch.dtype) -> str:
+    return f"parameters of {dtype}" if gradient.numel() < FEW_NUMBERS else arg
+
+
+def reference_errors(case: Case, sample: Sample, kind: str, draw: int) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """(gradient, exact gradient) by the reference for the sample with each number moved by up to four roundings."""
+    g = torch.Generator().manual_seed(draw)
+    dtypes = {name: t.dtype for name, t in sample.tensors().items()}
+
+    def moved(t: Tensor) -> Tensor:
+        eps = torch.finfo(t.dtype).eps
+        return t * (1 + eps * torch.randint(-4, 5, t.shape, generator=g)).to(t.dtype) if t.is_floating_point() else t
+
+    near = sample.to(torch.float32).map(moved) if sample.dtype == torch.float64 else sample.map(moved)
+    rough, exact = gradients(case.ref, near, kind), gradients(case.ref, near.to(torch.float64), kind)
+    errors: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for arg, want in exact.items():
+        errors.setdefault(judged_as(arg, want, dtypes[arg]), []).append((rough[arg], want))
+    return errors
+
+
+def check_gradients(case: Case, sample: Sample, kinds: tuple[str, ...] = ("dense",)) -> None:
     """Kernel against reference in the kernel's precision (float64: in float32, scaled) and in float64."""
     dtype = sample.dtype
-    actual = gradients(case.op, sample, kind)
-    reference = gradients(case.ref, sample.to(torch.float32) if dtype == torch.float64 else sample, kind)
-    exact = gradients(case.ref, sample.to(torch.float64), kind)
-    assert set(exact) == set(reference)
-    if kind != "zero" and not kind.startswith(("only", "all but")):
-        assert set(actual) == set(exact)
-    for arg, want in exact.items():  # no gradient at all is as good as zeros
-        given = sample.tensors()[arg].dtype
-        got = actual.get(arg, torch.zeros_like(reference[arg], dtype=given))
-        assert got.dtype == given, arg
-        assert_close(got, reference[arg], want, f"{case.name}: gradient of {arg}")
+    judged: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for kind in kinds:
+        actual = gradients(case.op, sample, kind)
+        reference = gradients(case.ref, sample.to(torch.float32) if dtype == torch.float64 else sample, kind)
+        exact = gradients(case.ref, sample.to(torch.float64), kind)
+        assert set(exact) == set(reference)
+        if kind != "zero" and not kind.startswith(("only", "all but")):
+            assert set(actual) == set(exact)
+        for arg, want in exact.items():  # no gradient at all is as good as zeros
+            given = sample.tensors()[arg].dtype
+            got = actual.get(arg, torch.zeros_like(reference[arg], dtype=given))
+            assert got.dtype == given, arg
+            judged.setdefault(judged_as(arg, want, given), []).append((got, reference[arg], want))
+    for arg, results in judged.items():
+        try:
+            assert_all_close(results, f"{case.name}: gradient of {arg}")
+        except AssertionError:
+            if case.discrete:
+                raise
+            # Was the reference lucky? Its errors on inputs a few roundings away are as good a measure.
+            more = [
+                e
+                for draw in range(4)
+                for kind in kinds
+                for e in reference_errors(case, sample, kind, draw).get(arg, [])
+            ]
+            assert_all_close(results, f"{case.name}: gradient of {arg}", more)
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -107,7 +147,7 @@ def test_outputs_lie_as_the_fake_says(case: Case, name: str, dtype: torch.dtype)
         pytest.skip(f"{case.name} does not take {dtype}")
     calls = recorded(case, case.sample(name, dtype))
     # A call that returns nothing but bits has no backward.
-    registered = case.registered if calls[0][2][0].is_floating_point() else case.registered[:1]
+    registered = case.registered if any(o.is_floating_point() for o in calls[0][2]) else case.registered[:1]
     assert [func.overloadpacket._qualified_op_name for func, _, _ in calls] == [f"spikecore::{op}" for op in registered]
     for func, args, real in calls:
         with FakeTensorMode() as mode:
@@ -181,8 +221,8 @@ def test_gradients(case: Case, name: str, dtype: torch.dtype) -> None:
 def test_upstream_gradients(case: Case, name: str) -> None:
     sample = case.sample(name)
     outputs = len(case.outputs(sample))
-    for kind in ("expanded", "transposed", "zero", *(f"{k} {i}" for k in ("only", "all but") for i in range(outputs))):
-        check_gradients(case, sample, kind)
+    some = (f"{k} {i}" for k in ("only", "all but") for i in range(outputs))
+    check_gradients(case, sample, ("expanded", "transposed", "zero", *some))
 
 
 # ---- machine: threads, instruction sets ------------------------------------------------------------------------------
