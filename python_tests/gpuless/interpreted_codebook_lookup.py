@@ -67,7 +67,7 @@ DEFECTS = {
     "rows without mask": (
         "norm = tl.load(p_z_norm + i, mask=i < n, other=0.0)",
         "norm = tl.load(p_z_norm + i)",
-        r"out of bounds load: .* nearest 'p_z_norm'",
+        r"out of bounds load: .* nearest 'p_z_norm'|race: program",
     ),
     "one code too many": (
         "(k[None, :] < K) & (d[:, None] < D)",

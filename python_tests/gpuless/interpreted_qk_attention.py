@@ -41,7 +41,7 @@ DEFECTS = {
     "load without mask": (
         "b_y = tl.load(at_y + t * y_t, mask=mask, other=0.0)",
         "b_y = tl.load(at_y + t * y_t)",
-        "out of bounds load: .* nearest 'p_y'",
+        "out of bounds load: .* nearest 'p_y'|race: program",
     ),
     "store without mask": (
         "tl.store(at_out + t * o_t, b_out.to(p_out.dtype.element_ty), mask=mask)",
@@ -56,7 +56,7 @@ DEFECTS = {
     "one step too many": (
         "live = mask & (t < T)",
         "live = mask & (t <= T)",
-        "out of bounds (load|store): .* nearest",
+        "out of bounds (load|store): .* nearest|race: program",
     ),
     "sums of another part": ("at = p_sums + bh * parts + part", "at = p_sums + bh + part", "differ in grad attn.decay"),
 }

@@ -51,8 +51,8 @@ def test_chunks():
 DEFECTS = {
     "load without mask": ("within = l < L\n", "within = l <= L\n", "out of bounds load|race"),
     "a channel too many": ("live = c < C", "live = c <= C", "out of bounds|race"),
-    "a state too many": ("for s in range(S)", "for s in range(S + 1)", "out of bounds load"),
-    "columns of another height": ("(l - column * H) * W + w", "(l - column * H) * W + w + 1", "out of bounds"),
+    "a state too many": ("for s in range(S)", "for s in range(S + 1)", "out of bounds load|race"),
+    "columns of another height": ("(l - column * H) * W + w", "(l - column * H) * W + w + 1", "out of bounds|race"),
     "programs overlap": ("(tl.program_id(0) % blocks) * BC", "(tl.program_id(0) % blocks) * (BC - 1)", "race: program"),
 }
 

@@ -47,7 +47,7 @@ DEFECTS = {
     "load without mask": (
         "b_u = tl.load(p_u + row * L + l, mask=mask, other=0.0)",
         "b_u = tl.load(p_u + row * L + l)",
-        "out of bounds load",
+        "race|out of bounds load",
     ),
     "store without mask": (
         "tl.store(p_last + states, b_h, mask=tile)",
