@@ -54,7 +54,7 @@ struct LifReduce {
   double* partial;  // CUDA: scratch, [C, lif_reduce_parts(N, C)]
 };
 
-constexpr int kLifChunk = 1024;  // neurons that a CPU kernel carries through time at once
+constexpr int kLifChunk = 4096;  // neurons that a CPU kernel carries through time at once
 static inline int64_t lif_chunks(int64_t N) { return (N + kLifChunk - 1) / kLifChunk; }
 
 using LifFwdFn = int(const LifFwd&, int64_t begin, int64_t end);        // chunks [begin, end)

@@ -17,12 +17,14 @@ namespace {
 #define SPK_NOINLINE __attribute__((noinline))
 
 constexpr int64_t kStreamBytes = 8 << 20;  // output sequences from this size on bypass the caches
-constexpr int kTile = 32;                  // neurons between two bursts of streamed stores: loads go on meanwhile
-constexpr int kBackTile = 128;             // the same in backward, whose loop is longer
+constexpr int kTile = 1024;                // neurons of a chunk whose rows lie in L1 at once
+constexpr int kStreamTile = 32;            // neurons between two bursts of streamed stores: loads go on meanwhile
+constexpr int kBackStreamTile = 128;       // the same in backward, whose loop is longer
 constexpr int kUnroll = 4;                 // time steps that a row loop carries through registers
-constexpr int kSegment = 64;               // time steps whose potentials backward holds at once
+constexpr int kSegment = 16;               // time steps whose potentials backward holds at once
 
-// Length of a row of working space: a little over a chunk, to keep the rows out of each other's cache sets.
+// Lengths of a row of working space: a little over a tile or chunk, to keep the rows out of each other's cache sets.
+constexpr int kTileRow = kTile + 16;
 constexpr int kRow = kLifChunk + 16;
 
 template <class A>
@@ -47,10 +49,11 @@ void expand(A* out, const void* per_channel, double number, const LifNeuron& p, 
   }
 }
 
-// R time steps of a row at once: the potentials v pass through registers from one to the next. Null s or h: not wanted.
+// R time steps of a row at once: the potentials pass through registers from `from` to `to` (which may be the same row).
+// Null s or h: not wanted.
 template <bool HARD, bool AT_ZERO, bool S, bool H, int R, class A>
-SPK_NOINLINE void steps(const A* const* x, A* v, A* const* s, A* const* h, const A* decay, const A* gain, const Neuron<A> c,
-                        int n) {
+SPK_NOINLINE void steps(const A* const* x, const A* from, A* to, A* const* s, A* const* h, const A* decay, const A* gain,
+                        const Neuron<A> c, int n) {
   const A* xr[R];
   A *sr[R], *hr[R];
   for (int r = 0; r < R; ++r) {
@@ -60,7 +63,7 @@ SPK_NOINLINE void steps(const A* const* x, A* v, A* const* s, A* const* h, const
   }
 #pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
-    A vi = v[i], xi[R];
+    A vi = from[i], xi[R];
     const A di = decay[i], gi = gain[i];
     // Loads before stores: rows a multiple of 4 KB apart look like the same address to the store buffer.
     for (int r = 0; r < R; ++r) xi[r] = xr[r][i];
@@ -70,7 +73,7 @@ SPK_NOINLINE void steps(const A* const* x, A* v, A* const* s, A* const* h, const
       if (S) sr[r][i] = hi >= c.fire_at ? A(1) : A(0);
       vi = reset(hi, HARD, c);
     }
-    v[i] = vi;
+    to[i] = vi;
   }
 }
 
@@ -85,9 +88,11 @@ SPK_NOINLINE void pack_row(uint8_t* __restrict__ bits, const A* __restrict__ s, 
 
 // Back through kUnroll time steps at once, h recomputed from the potentials `start`: nothing but x, g_s and g_x is moved.
 // g_v comes in as the gradient of the last v and goes out as that of `start`.
-template <bool HARD, bool DETACH, Surrogate K, class A>
+template <bool HARD, bool AT_ZERO, bool DETACH, Surrogate K, class A>
 SPK_NOINLINE void steps_back(const A* const* x, const A* start, const A* const* g_s, A* g_v, A* const* g_x, const A* decay,
-                             const A* gain, const Neuron<A> c, A a, A b, int n) {
+                             const A* gain, const Neuron<A> neuron, A a, A b, int n) {
+  // A rest at 0 is known before the loop: asked for each element, it costs the loop half its time.
+  const Neuron<A> c = {AT_ZERO ? A(0) : neuron.rest, neuron.fire_at, neuron.threshold, neuron.reset_by};
   const A *xr[kUnroll], *gs[kUnroll];
   A* gx[kUnroll];
   for (int r = 0; r < kUnroll; ++r) {
@@ -97,7 +102,7 @@ SPK_NOINLINE void steps_back(const A* const* x, const A* start, const A* const* 
   }
 #pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
-    A v = start[i], g = g_v[i], h[kUnroll], gi[kUnroll];
+    A v = start[i], g = g_v[i], h[kUnroll], sg[kUnroll], gi[kUnroll];
     const A di = decay[i], ga = gain[i];
     for (int r = 0; r < kUnroll; ++r) {
       h[r] = xr[r][i];
@@ -106,10 +111,11 @@ SPK_NOINLINE void steps_back(const A* const* x, const A* start, const A* const* 
     for (int r = 0; r < kUnroll; ++r) {
       h[r] = charge(v, h[r], di, ga, c.rest);
       v = reset(h[r], HARD, c);
+      // Here, not on the way back: there it would lie on the chain of dependent operations.
+      sg[r] = surrogate<K, A>(h[r] - c.threshold, a, b);
     }
     for (int r = kUnroll - 1; r >= 0; --r) {
-      const A sg = surrogate<K, A>(h[r] - c.threshold, a, b);
-      const A gh = step_backward<false>(h[r], gi[r], g, A(0), sg, HARD, DETACH, c);
+      const A gh = step_backward<false>(h[r], gi[r], g, A(0), sg[r], HARD, DETACH, c);
       gi[r] = ga * gh;
       g = di * gh;
     }
@@ -159,11 +165,11 @@ struct Back {
   void (*step)(const A*, const A*, const A*, A*, A*, A*, const A*, const A*, Neuron<A>, A, A, int);
 };
 
-template <bool HARD, bool DETACH, class A>
+template <bool HARD, bool AT_ZERO, bool DETACH, class A>
 Back<A> back_of(int kind) {
-#define SPK_BACK(K)                                                                     \
-  {                                                                                     \
-    steps_back<HARD, DETACH, Surrogate::K, A>, step_back<HARD, DETACH, Surrogate::K, A> \
+#define SPK_BACK(K)                                                                              \
+  {                                                                                              \
+    steps_back<HARD, AT_ZERO, DETACH, Surrogate::K, A>, step_back<HARD, DETACH, Surrogate::K, A> \
   }
   switch (static_cast<Surrogate>(kind)) {
     case Surrogate::atan: return SPK_BACK(atan);
@@ -176,17 +182,20 @@ Back<A> back_of(int kind) {
   }
 #undef SPK_BACK
 }
+template <bool HARD, bool AT_ZERO, class A>
+Back<A> back_of(bool detach, int kind) {
+  return detach ? back_of<HARD, AT_ZERO, true, A>(kind) : back_of<HARD, AT_ZERO, false, A>(kind);
+}
 template <class A>
-Back<A> back_of(bool hard, bool detach, int kind) {
-  if (hard) return detach ? back_of<true, true, A>(kind) : back_of<true, false, A>(kind);
-  return detach ? back_of<false, true, A>(kind) : back_of<false, false, A>(kind);
+Back<A> back_of(bool hard, bool at_zero, bool detach, int kind) {
+  if (!hard) return back_of<false, true, A>(detach, kind);  // soft reset rests at 0
+  return at_zero ? back_of<true, true, A>(detach, kind) : back_of<true, false, A>(detach, kind);
 }
 
 // What a chunk of neurons carries through time, and how it advances.
 template <class T, class A>
 struct Walk {
-  alignas(64) A decay[kRow], gain[kRow], x_tmp[kUnroll][kRow];
-  A* v;  // [n] the potentials
+  alignas(64) A decay[kRow], gain[kRow], x_tmp[kUnroll][kTileRow];
   const Neuron<A> c;
   const LifNeuron& p;
   const T* x;
@@ -194,7 +203,7 @@ struct Walk {
   int n;
 
   Walk(const LifNeuron& neuron, const void* x, int64_t x_step)
-      : v(nullptr), c(constants<A>(neuron)), p(neuron), x(static_cast<const T*>(x)), first(0), x_step(x_step), n(0) {
+      : c(constants<A>(neuron)), p(neuron), x(static_cast<const T*>(x)), first(0), x_step(x_step), n(0) {
     if (p.C == 1) expand_parameters(kLifChunk);
   }
   void expand_parameters(int count) {
@@ -206,7 +215,7 @@ struct Walk {
     n = int(N - first < kLifChunk ? N - first : kLifChunk);
     if (p.C > 1) expand_parameters(n);
   }
-  void rest_or(const void* v_init) {
+  void rest_or(const void* v_init, A* v) {
     if (v_init)
       load_row(v, static_cast<const A*>(v_init) + first, n);
     else
@@ -214,61 +223,65 @@ struct Walk {
   }
   const A* x_row(int r, int64_t t, int j, int m) { return state_row(x_tmp[r], x + t * x_step + first + j, m); }
 
-  // Time steps t ... t + R - 1 of the chunk's m neurons from j on, into the rows of spikes s and potentials h of those.
+  // R time steps of the chunk's m neurons from j on, from the potentials `from` to `to`; x, s and h are the rows of those
+  // neurons.
   template <bool S, bool H, int R>
-  void advance(int64_t t, A* const* s, A* const* h, int j, int m) {
-    const A* rows[R];
-    for (int r = 0; r < R; ++r) rows[r] = x_row(r, t + r, j, m);
-    advance<S, H, R>(rows, s, h, j, m);
-  }
-  template <bool S, bool H, int R>
-  void advance(const A* const* rows, A* const* s, A* const* h, int j, int m) {
+  void advance(const A* const* x, const A* from, A* to, A* const* s, A* const* h, int j, int m) {
     // Soft reset rests at 0 too.
     const auto run = !p.hard       ? steps<false, true, S, H, R, A>
                      : c.rest == 0 ? steps<true, true, S, H, R, A>
                                    : steps<true, false, S, H, R, A>;
-    run(rows, v + j, s, h, decay + j, gain + j, c, m);
+    run(x, from, to, s, h, decay + j, gain + j, c, m);
   }
 };
 
 template <class T, class A>
 int forward(const LifFwd& p, int64_t begin, int64_t end) {
   const bool stream = p.T * p.N * int64_t(sizeof(T)) >= kStreamBytes;
-  alignas(64) A v_tmp[kRow], s_tmp[kUnroll][kRow], h_tmp[kRow];
+  alignas(64) A v_tmp[kRow], s_tmp[kUnroll][kTileRow], h_tmp[kTileRow];
   Walk<T, A> walk(p.neuron, p.x, p.x_step);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     walk.at(chunk, p.N);
     const int64_t first = walk.first;
     const int n = walk.n;
     A* const v_last = static_cast<A*>(p.v_last) + first;
-    walk.v = target_row(v_tmp, v_last, stream);
-    walk.rest_or(p.v_init);
+    A* const v = target_row(v_tmp, v_last, stream);
+    walk.rest_or(p.v_init, v);
     T* const s_out = static_cast<T*>(p.s) + first;
     int64_t t = 0;
     if (!p.packed && !p.h && !p.v) {
-      const int tile = stream ? kTile : n;
+      const int tile = stream ? kStreamTile : kTile;
       for (; t + kUnroll <= p.T; t += kUnroll) {
         for (int j = 0; j < n; j += tile) {
           const int m = n - j < tile ? n - j : tile;
           T* const out = s_out + t * p.N + j;
+          const A* x[kUnroll];
           A* s[kUnroll];
-          for (int r = 0; r < kUnroll; ++r) s[r] = target_row(s_tmp[r], out + r * p.N, stream);
-          walk.template advance<true, false, kUnroll>(t, s, nullptr, j, m);
+          for (int r = 0; r < kUnroll; ++r) {
+            x[r] = walk.x_row(r, t + r, j, m);
+            s[r] = target_row(s_tmp[r], out + r * p.N, stream);
+          }
+          walk.template advance<true, false, kUnroll>(x, v + j, v + j, s, nullptr, j, m);
           for (int r = 0; r < kUnroll; ++r) commit_row(out + r * p.N, s[r], stream, m);
         }
       }
     }
     for (; t < p.T; ++t) {
-      A* s = p.packed ? s_tmp[0] : target_row(s_tmp[0], s_out + t * p.N, stream);
-      A* h = p.h ? static_cast<A*>(p.h) + t * p.N + first : h_tmp;
-      walk.template advance<true, true, 1>(t, &s, &h, 0, n);
-      if (p.packed)
-        pack_row(static_cast<uint8_t*>(p.s) + t / 8 * p.N + first, s, int(t % 8), n);
-      else
-        commit_row(s_out + t * p.N, s, stream, n);
-      if (p.v) store_row(static_cast<A*>(p.v) + t * p.N + first, walk.v, n);
+      for (int j = 0; j < n; j += kTile) {
+        const int m = n - j < kTile ? n - j : kTile;
+        const int64_t at = t * p.N + first + j;
+        const A* x = walk.x_row(0, t, j, m);
+        A* s = p.packed ? s_tmp[0] : target_row(s_tmp[0], s_out + t * p.N + j, stream);
+        A* h = p.h ? static_cast<A*>(p.h) + at : h_tmp;
+        walk.template advance<true, true, 1>(&x, v + j, v + j, &s, &h, j, m);
+        if (p.packed)
+          pack_row(static_cast<uint8_t*>(p.s) + t / 8 * p.N + first + j, s, int(t % 8), m);
+        else
+          commit_row(s_out + t * p.N + j, s, stream, m);
+        if (p.v) store_row(static_cast<A*>(p.v) + at, v + j, m);
+      }
     }
-    commit_row(v_last, walk.v, stream, n);
+    commit_row(v_last, v, stream, n);
   }
   if (stream) stream_fence();
   return kOk;
@@ -278,26 +291,39 @@ template <class T, class A>
 int backward(const LifBwd& p, int64_t begin, int64_t end) {
   const bool stream = p.T * p.N * int64_t(sizeof(T)) >= kStreamBytes;
   const bool by_step = p.g_h || p.g_v || p.g_decay || p.g_gain;  // these need a row of every step
-  const Back<A> back = back_of<A>(p.neuron.hard, p.detach, p.surrogate);
+  const Back<A> back = back_of<A>(p.neuron.hard, p.neuron.rest == 0, p.detach, p.surrogate);
   const int64_t segments = (p.T + kSegment - 1) / kSegment;
-  alignas(64) A v[kRow], g_v[kRow], g[kRow], zero[kRow], sum_decay[kRow], sum_gain[kRow];
-  alignas(64) A h[kUnroll][kRow], gs_tmp[kUnroll][kRow], gx_tmp[kUnroll][kRow], block_start[kSegment / kUnroll][kRow];
+  alignas(64) A g_v[kRow], sum_decay[kRow], sum_gain[kRow], v[kTileRow], g[kTileRow], zero[kTileRow];
+  alignas(64) A h[kUnroll][kTileRow], gs_tmp[kUnroll][kTileRow], gx_tmp[kUnroll][kTileRow];
   Walk<T, A> walk(p.neuron, p.x, p.x_step);
   const Neuron<A> c = walk.c;
-  // The potentials at the segments' starts, and x of one segment: rows of the caller's x may share cache sets.
-  A* const segment_start = static_cast<A*>(aligned_alloc(64, sizeof(A) * kRow * size_t(segments + kSegment)));
+  // The potentials at the starts of the segments, and of one segment's blocks after its first; x of one segment: rows of
+  // the caller's x may share cache sets.
+  const int most_blocks = int((p.T < kSegment ? p.T : kSegment) + kUnroll - 1) / kUnroll;
+  A* const segment_start = static_cast<A*>(aligned_alloc(64, sizeof(A) * kRow * size_t(segments + most_blocks * (1 + kUnroll))));
   if (!segment_start) return kOutOfMemory;
-  A* const kept_x = segment_start + segments * kRow;
-  fill_row(zero, A(0), kRow);
-  walk.v = v;
+  A *const block_start = segment_start + segments * kRow, *const kept_x = block_start + most_blocks * kRow;
+  fill_row(zero, A(0), kTileRow);
 
-  const auto row = [&](const void* base, int64_t t) { return static_cast<const A*>(base) + t * p.N + walk.first; };
+  const auto row = [&](const void* base, int64_t t, int j) { return static_cast<const A*>(base) + t * p.N + walk.first + j; };
   const auto g_s_row = [&](int r, int64_t t, int j, int m) -> const A* {
     return p.g_s ? state_row(gs_tmp[r], static_cast<const T*>(p.g_s) + t * p.N + walk.first + j, m) : zero;
   };
   const auto g_x_at = [&](int64_t t, int j) { return static_cast<T*>(p.g_x) + t * p.N + walk.first + j; };
+  // kUnroll time steps of the chunk; x is left in the rows `keep`, if given.
+  const auto block_forth = [&](const A* from, A* to, int64_t t, A* keep) {
+    for (int j = 0; j < walk.n; j += kTile) {
+      const int m = walk.n - j < kTile ? walk.n - j : kTile;
+      const A* x[kUnroll];
+      for (int r = 0; r < kUnroll; ++r) {
+        if (keep) load_row(keep + r * kRow + j, walk.x + (t + r) * walk.x_step + walk.first + j, m);
+        x[r] = keep ? keep + r * kRow + j : walk.x_row(r, t + r, j, m);
+      }
+      walk.template advance<false, false, kUnroll>(x, from + j, to + j, nullptr, nullptr, j, m);
+    }
+  };
   const auto block_back = [&](const A* start, int64_t t, const A* kept) {
-    const int tile = stream ? kBackTile : walk.n;
+    const int tile = stream ? kBackStreamTile : kTile;
     for (int j = 0; j < walk.n; j += tile) {
       const int m = walk.n - j < tile ? walk.n - j : tile;
       const A *x[kUnroll], *g_s[kUnroll];
@@ -311,39 +337,44 @@ int backward(const LifBwd& p, int64_t begin, int64_t end) {
       for (int r = 0; r < kUnroll; ++r) commit_row(g_x_at(t + r, j), g_x[r], stream, m);
     }
   };
-  const auto steps_back = [&](const A* start, int64_t t0, int count) {
-    const int n = walk.n;
-    load_row(walk.v, start, n);
-    for (int r = 0; r < count; ++r) {
-      A* to = h[r];
-      walk.template advance<false, true, 1>(t0 + r, nullptr, &to, 0, n);
-    }
-    for (int r = count - 1; r >= 0; --r) {
-      const int64_t t = t0 + r;
-      if (p.g_v) add_row(g_v, row(p.g_v, t), n);
-      A* g_x = target_row(gx_tmp[0], g_x_at(t, 0), stream);
-      back.step(h[r], g_s_row(0, t, 0, n), p.g_h ? row(p.g_h, t) : zero, g_v, g, g_x, walk.decay, walk.gain, c, A(p.a), A(p.b), n);
-      commit_row(g_x_at(t, 0), g_x, stream, n);
-      if (p.g_gain) add_product(sum_gain, g, walk.x_row(0, t, 0, n), A(0), n);
-      if (p.g_decay) {
-        if (r > 0) reset_row(walk.v, h[r - 1], p.neuron.hard, c, n);  // v[t-1]
-        add_product(sum_decay, g, r > 0 ? walk.v : start, c.rest, n);
+  const auto steps_back = [&](const A* chunk_start, int64_t t0, int count) {
+    for (int j = 0; j < walk.n; j += kTile) {
+      const int m = walk.n - j < kTile ? walk.n - j : kTile;
+      const A *const start = chunk_start + j, *const decay = walk.decay + j, *const gain = walk.gain + j;
+      load_row(v, start, m);
+      for (int r = 0; r < count; ++r) {
+        const A* x = walk.x_row(0, t0 + r, j, m);
+        A* h_row = h[r];
+        walk.template advance<false, true, 1>(&x, v, v, nullptr, &h_row, j, m);
+      }
+      for (int r = count - 1; r >= 0; --r) {
+        const int64_t t = t0 + r;
+        if (p.g_v) add_row(g_v + j, row(p.g_v, t, j), m);
+        A* g_x = target_row(gx_tmp[0], g_x_at(t, j), stream);
+        const A* const g_h = p.g_h ? row(p.g_h, t, j) : zero;
+        back.step(h[r], g_s_row(0, t, j, m), g_h, g_v + j, g, g_x, decay, gain, c, A(p.a), A(p.b), m);
+        commit_row(g_x_at(t, j), g_x, stream, m);
+        if (p.g_gain) add_product(sum_gain + j, g, walk.x_row(0, t, j, m), A(0), m);
+        if (p.g_decay) {
+          if (r > 0) reset_row(v, h[r - 1], p.neuron.hard, c, m);  // v[t-1]
+          add_product(sum_decay + j, g, r > 0 ? v : start, c.rest, m);
+        }
       }
     }
   };
 
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
+  // From the last chunk to the first: what forward touched last may still lie in the caches.
+  for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
     walk.at(chunk, p.N);
     const int n = walk.n;
-    walk.rest_or(p.v_init);
-    for (int64_t k = 0; k < segments; ++k) {
-      load_row(segment_start + k * kRow, walk.v, n);
-      if (k + 1 == segments) break;
-      for (int64_t t = k * kSegment; t < (k + 1) * kSegment; t += kUnroll)
-        walk.template advance<false, false, kUnroll>(t, nullptr, nullptr, 0, n);
+    walk.rest_or(p.v_init, segment_start);
+    for (int64_t k = 1; k < segments; ++k) {
+      A* const to = segment_start + k * kRow;
+      for (int64_t t = (k - 1) * kSegment; t < k * kSegment; t += kUnroll)
+        block_forth(t % kSegment == 0 ? to - kRow : to, to, t, nullptr);
     }
     if (p.g_v_last)
-      load_row(g_v, row(p.g_v_last, 0), n);
+      load_row(g_v, row(p.g_v_last, 0, 0), n);
     else
       fill_row(g_v, A(0), n);
     fill_row(sum_decay, A(0), p.g_decay ? n : 0);
@@ -352,24 +383,15 @@ int backward(const LifBwd& p, int64_t begin, int64_t end) {
     for (int64_t k = segments - 1; k >= 0; --k) {
       const int64_t t0 = k * kSegment;
       const int count = int(p.T - t0 < kSegment ? p.T - t0 : kSegment), blocks = (count + kUnroll - 1) / kUnroll;
-      load_row(walk.v, segment_start + k * kRow, n);
-      for (int b = 0; b < blocks; ++b) {
-        load_row(block_start[b], walk.v, n);
-        if (b + 1 == blocks) break;
-        const A* x[kUnroll];
-        for (int r = 0; r < kUnroll; ++r) {
-          A* const kept = kept_x + (b * kUnroll + r) * kRow;
-          load_row(kept, walk.x + (t0 + b * kUnroll + r) * walk.x_step + walk.first, n);
-          x[r] = kept;
-        }
-        walk.template advance<false, false, kUnroll>(x, nullptr, nullptr, 0, n);
-      }
+      const auto start = [&](int b) { return b == 0 ? segment_start + k * kRow : block_start + b * kRow; };
+      for (int b = 0; b + 1 < blocks; ++b) block_forth(start(b), start(b + 1), t0 + b * kUnroll, kept_x + b * kUnroll * kRow);
       for (int b = blocks - 1; b >= 0; --b) {
+        const int64_t t = t0 + b * kUnroll;
         const int left = count - b * kUnroll;
         if (by_step || left < kUnroll)
-          steps_back(block_start[b], t0 + b * kUnroll, left < kUnroll ? left : kUnroll);
+          steps_back(start(b), t, left < kUnroll ? left : kUnroll);
         else
-          block_back(block_start[b], t0 + b * kUnroll, b + 1 < blocks ? kept_x + b * kUnroll * kRow : nullptr);
+          block_back(start(b), t, b + 1 < blocks ? kept_x + b * kUnroll * kRow : nullptr);
       }
     }
     if (p.g_decay) store_row(static_cast<A*>(p.g_decay) + walk.first, sum_decay, n);
