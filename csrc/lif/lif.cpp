@@ -1,8 +1,8 @@
 // lif for torch: schema, checks, allocation, launch. One host function for CPU and CUDA.
 #include "lif/lif.h"
 
-#include "core/surrogate.h"
 #include "torch/launch.h"
+#include "torch/neuron.h"
 
 namespace spk {
 namespace {
@@ -73,18 +73,16 @@ struct Parameters {
   }
 };
 
-LifNeuron neuron(const Parameters& q, double decay, double gain, double v_threshold, std::optional<double> v_reset, double reset_by,
-                 bool strict) {
-  return {decay, gain, data(q.decay), data(q.gain), q.C, q.inner, v_threshold, v_reset.value_or(0.0), reset_by, v_reset.has_value(),
-          strict};
+LifNeuron neuron(const Parameters& q, const NeuronNumbers& n) {
+  return {n.decay, n.gain, data(q.decay), data(q.gain), q.C, q.inner, n.threshold, n.rest, n.reset_by, n.hard, n.strict};
 }
 
 std::string sizes_of(const Slices& s) { return "T=" + std::to_string(s.T) + ", N=" + std::to_string(s.N); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lif_fwd(Tensor x, OptTensor decay_c, OptTensor gain_c, OptTensor v_init, double decay,
-                                                   double gain, double v_threshold, std::optional<double> v_reset, double reset_by,
-                                                   bool strict, bool /*detach_reset*/, int64_t /*surrogate*/, double /*a*/,
-                                                   double /*b*/, int64_t channel_dim, bool return_h, bool return_v, bool packed) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> lif_fwd(Tensor x, OptTensor decay_c, OptTensor gain_c, OptTensor v_init,
+                                                   std::vector<double> numbers, int64_t channel_dim, bool return_h, bool return_v,
+                                                   bool packed) {
+  const NeuronNumbers n = neuron_numbers("lif", "neuron", numbers);
   const DType dtype = check_x("lif", x);
   const ScalarType state = state_type(dtype);
   check_parameter("lif", "decay", decay_c, x, state, channel_dim);
@@ -103,7 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_fwd(Tensor x, OptTensor decay_c, 
   auto out = std::make_tuple(s, v_last, h, v);
   if (slices.N == 0) return out;
 
-  const LifFwd p{neuron(q, decay, gain, v_threshold, v_reset, reset_by, strict),
+  const LifFwd p{neuron(q, n),
                  dtype,
                  slices.T,
                  slices.N,
@@ -151,11 +149,11 @@ Tensor reduce(const Tensor& per_neuron, const Tensor& parameter, const Slices& s
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> lif_bwd(OptTensor g_s, OptTensor g_v_last, OptTensor g_h, OptTensor g_v, Tensor x,
-                                                   OptTensor decay_c, OptTensor gain_c, OptTensor v_init, double decay, double gain,
-                                                   double v_threshold, std::optional<double> v_reset, double reset_by, bool strict,
-                                                   bool detach_reset, int64_t surrogate, double a, double b, int64_t channel_dim,
-                                                   bool need_decay, bool need_gain, bool need_v_init) {
+                                                   OptTensor decay_c, OptTensor gain_c, OptTensor v_init,
+                                                   std::vector<double> numbers, int64_t channel_dim, bool need_decay,
+                                                   bool need_gain, bool need_v_init) {
   const char* op = "lif backward";
+  const NeuronNumbers n = neuron_numbers(op, "neuron", numbers);
   const DType dtype = check_x(op, x);
   const ScalarType state = state_type(dtype);
   check_parameter(op, "decay", decay_c, x, state, channel_dim);
@@ -165,7 +163,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_bwd(OptTensor g_s, OptTensor g_v_
   check_tensor(op, "g_v_last", g_v_last, x, 1, state);
   check_tensor(op, "g_h", g_h, x, 0, state);
   check_tensor(op, "g_v", g_v, x, 0, state);
-  SPK_CHECK(surrogate >= 0 && surrogate < kSurrogates, op, ": surrogate must be 0 to ", kSurrogates - 1, ", got ", surrogate);
   SPK_CHECK((decay_c || !need_decay) && (gain_c || !need_gain), op, ": a gradient was asked for a parameter that is no tensor");
 
   if (!Slices(x).dense) x = torch::stable::contiguous(x);
@@ -190,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_bwd(OptTensor g_s, OptTensor g_v_
   }
 
   const auto target = [](bool need, Tensor& t) { return need ? t.mutable_data_ptr() : nullptr; };
-  LifBwd p{neuron(q, decay, gain, v_threshold, v_reset, reset_by, strict),
+  LifBwd p{neuron(q, n),
            dtype,
            slices.T,
            slices.N,
@@ -205,10 +202,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lif_bwd(OptTensor g_s, OptTensor g_v_
            target(need_decay, g_decay),
            target(need_gain, g_gain),
            target(need_v_init, g_v_init),
-           detach_reset,
-           int32_t(surrogate),
-           a,
-           b,
+           n.detach,
+           n.surrogate,
+           n.a,
+           n.b,
            nullptr,
            0};
 #ifdef SPK_CUDA
@@ -234,13 +231,11 @@ void implement(StableLibrary& m) {
 
 // clang-format off
 STABLE_TORCH_LIBRARY_FRAGMENT(SPK_LIBRARY, m) {
-  m.def("lif_fwd(Tensor x, Tensor? decay_c, Tensor? gain_c, Tensor? v_init, float decay, float gain, float v_threshold, "
-        "float? v_reset, float reset_by, bool strict, bool detach_reset, int surrogate, float a, float b, int channel_dim, "
-        "bool return_h, bool return_v, bool packed) -> (Tensor s, Tensor v_last, Tensor h, Tensor v)");
+  m.def("lif_fwd(Tensor x, Tensor? decay_c, Tensor? gain_c, Tensor? v_init, float[] neuron, int channel_dim, bool return_h, "
+        "bool return_v, bool packed) -> (Tensor s, Tensor v_last, Tensor h, Tensor v)");
   m.def("lif_bwd(Tensor? g_s, Tensor? g_v_last, Tensor? g_h, Tensor? g_v, Tensor x, Tensor? decay_c, Tensor? gain_c, "
-        "Tensor? v_init, float decay, float gain, float v_threshold, float? v_reset, float reset_by, bool strict, "
-        "bool detach_reset, int surrogate, float a, float b, int channel_dim, bool need_decay, bool need_gain, "
-        "bool need_v_init) -> (Tensor g_x, Tensor g_decay, Tensor g_gain, Tensor g_v_init)");
+        "Tensor? v_init, float[] neuron, int channel_dim, bool need_decay, bool need_gain, bool need_v_init) "
+        "-> (Tensor g_x, Tensor g_decay, Tensor g_gain, Tensor g_v_init)");
 }
 // clang-format on
 STABLE_TORCH_LIBRARY_IMPL(SPK_LIBRARY, CPU, m) { implement(m); }

@@ -1,10 +1,8 @@
 // qk_attention for torch: schema, checks, allocation, launch. One host function for CPU and CUDA.
 #include "qk_attention/qk_attention.h"
 
-#include <cmath>
-
-#include "core/surrogate.h"
 #include "torch/launch.h"
+#include "torch/neuron.h"
 
 namespace spk {
 namespace {
@@ -45,32 +43,28 @@ void check_parameter(const char* op, const char* arg, const OptTensor& p, const 
             dtype_name(state), " on ", device_name(q), ", got ", describe(*p));
 }
 
-// decay, gain, v_threshold, v_reset (NaN: soft reset), reset_by, strict, detach_reset, surrogate, a, b
-QkNeuron neuron(const char* op, const char* arg, const std::vector<double>& c, OptTensor& decay_h, OptTensor& gain_h) {
-  QkNeuron n{};
-  if (c.empty()) return n;
-  SPK_CHECK(c.size() == 10, op, ": ", arg, " must be 10 numbers, got ", c.size());
-  SPK_CHECK(c[7] >= 0 && c[7] < kSurrogates, op, ": surrogate must be 0 to ", kSurrogates - 1, ", got ", c[7]);
+QkNeuron neuron(const char* op, const char* arg, const std::vector<double>& numbers, OptTensor& decay_h, OptTensor& gain_h) {
+  if (numbers.empty()) return {};
+  const NeuronNumbers n = neuron_numbers(op, arg, numbers);
   const auto dense = [](OptTensor& p) {
     if (p && p->dim() && p->size(0) > 1 && p->stride(0) != 1) p = torch::stable::contiguous(*p);
     return p ? p->const_data_ptr() : nullptr;
   };
-  n.decay = c[0];
-  n.gain = c[1];
-  n.decay_h = dense(decay_h);
-  n.gain_h = dense(gain_h);
-  n.decay_step = decay_h && decay_h->dim();
-  n.gain_step = gain_h && gain_h->dim();
-  n.threshold = c[2];
-  n.hard = !std::isnan(c[3]);
-  n.rest = n.hard ? c[3] : 0;
-  n.reset_by = c[4];
-  n.strict = c[5] != 0;
-  n.detach = c[6] != 0;
-  n.surrogate = int32_t(c[7]);
-  n.a = c[8];
-  n.b = c[9];
-  return n;
+  return {n.decay,
+          n.gain,
+          dense(decay_h),
+          dense(gain_h),
+          decay_h && decay_h->dim(),
+          gain_h && gain_h->dim(),
+          n.threshold,
+          n.rest,
+          n.reset_by,
+          n.a,
+          n.b,
+          n.surrogate,
+          n.hard,
+          n.strict,
+          n.detach};
 }
 
 // Which dimension is innermost in memory, D (then H before it: tokens of channels) or N: that of the operand which the

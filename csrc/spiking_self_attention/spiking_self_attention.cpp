@@ -1,16 +1,15 @@
 // spiking_self_attention for torch: schema, checks, allocation, launch. One host function for CPU and CUDA.
 #include "spiking_self_attention/spiking_self_attention.h"
 
-#include "core/surrogate.h"
 #include "torch/launch.h"
+#include "torch/neuron.h"
 
 namespace spk {
 namespace {
 
 constexpr int64_t kGrain = 1 << 18;  // multiplications worth a thread
 
-using Numbers = std::vector<double>;  // a neuron: _numbers in spikecore/ops/spiking_self_attention.py
-constexpr size_t kNumbers = 11;
+using Numbers = std::vector<double>;
 
 bool is_float(const Tensor& x) { return kernel_dtype(x.scalar_type()).has_value(); }
 
@@ -63,15 +62,14 @@ struct Parameters {
 
 const void* data(const OptTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-AttentionNeuron neuron(const char* op, const char* arg, const Numbers& n, const Parameters& p) {
-  if (n.empty()) return {};
-  SPK_CHECK(n.size() == kNumbers, op, ": ", arg, " must be ", kNumbers, " numbers, got ", n.size());
-  SPK_CHECK(n[8] >= 0 && n[8] < kSurrogates, op, ": surrogate must be 0 to ", kSurrogates - 1, ", got ", n[8]);
-  return {{n[0], n[1], data(p.decay), data(p.gain), p.C, 1, n[2], n[4], n[5], n[3] != 0, n[6] != 0},
-          n[7] != 0,
-          int32_t(n[8]),
-          n[9],
-          n[10]};
+AttentionNeuron neuron(const char* op, const char* arg, const Numbers& numbers, const Parameters& p) {
+  if (numbers.empty()) return {};
+  const NeuronNumbers n = neuron_numbers(op, arg, numbers);
+  return {{n.decay, n.gain, data(p.decay), data(p.gain), p.C, 1, n.threshold, n.rest, n.reset_by, n.hard, n.strict},
+          n.detach,
+          n.surrogate,
+          n.a,
+          n.b};
 }
 
 template <class P>

@@ -9,6 +9,8 @@ from gpuless.lif_backends import triton_facts
 from gpuless.lif_on_shim import Constants, LifBwd, LifFwd, LifNeuron, parameters
 from gpuless.shim import CSRC
 
+from spikecore.ops.lif import encode
+from spikecore.surrogate import ATan
 from spikecore.testing.cases import values
 
 DTYPES = [torch.float32, torch.float16]
@@ -16,6 +18,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 CPU = torch.ops.spikecore
 T, N = 9, 528  # divisible by 16, and no multiple of what a block of threads owns
 REST, THRESHOLD = -0.25, 0.75
+NUMBERS = encode(torch.empty(0), 0.0, 0.0, THRESHOLD, REST, None, False, True, ATan(2.0))[2]
 
 
 def tensors(dtype):
@@ -27,13 +30,11 @@ def tensors(dtype):
 
 
 def cpu_forward(x, decay, gain, v_init, packed=False):
-    constants = (THRESHOLD, REST, THRESHOLD, False, True, 0, 2.0, 0.0, 1)
-    return CPU.lif_fwd(x, decay, gain, v_init, 0.0, 0.0, *constants, True, False, packed)
+    return CPU.lif_fwd(x, decay, gain, v_init, NUMBERS, 1, True, False, packed)
 
 
 def cpu_backward(g_s, g_v_last, x, decay, gain, v_init):
-    constants = (THRESHOLD, REST, THRESHOLD, False, True, 0, 2.0, 0.0, 1)
-    return CPU.lif_bwd(g_s, g_v_last, None, None, x, decay, gain, v_init, 0.0, 0.0, *constants, True, True, True)
+    return CPU.lif_bwd(g_s, g_v_last, None, None, x, decay, gain, v_init, NUMBERS, 1, True, True, True)
 
 
 def poisoned(*like):

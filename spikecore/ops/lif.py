@@ -12,6 +12,7 @@ Which ``decay`` and ``gain`` make which neuron of the literature is told in `spi
 Neftci et al. 2019 for surrogate gradients).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,14 +83,10 @@ def lif(
             return_h=return_h, return_v=return_v,
         )  # fmt: skip
         return (pack_spikes(s) if packed else s, v_last, *extra)
-    decay_c, decay = _split(decay, x)
-    gain_c, gain = _split(gain, x)
-    reset_by = v_threshold if reset_by is None else reset_by
-    a, b = surrogate.parameters
+    decay_c, gain_c, neuron = encode(x, decay, gain, v_threshold, v_reset, reset_by, strict, detach_reset, surrogate)
     s, v_last, h, v = torch.ops.spikecore.lif_fwd(
-        x, decay_c, gain_c, v_init, decay, gain, v_threshold, v_reset, reset_by, strict, detach_reset,
-        surrogate.kind, a, b, channel_dim, return_h, return_v, packed,
-    )  # fmt: skip
+        x, decay_c, gain_c, v_init, neuron, channel_dim, return_h, return_v, packed
+    )
     return (s, v_last, *([h] if return_h else []), *([v] if return_v else []))
 
 
@@ -112,9 +109,40 @@ class LIFParams:
     def __post_init__(self) -> None:
         check_reset("LIFParams", self.v_threshold, self.v_reset, self.reset_by)
 
+    def encode(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, list[float]]:
+        """The neuron as an op on `x` takes it (see `encode`)."""
+        return encode(
+            x, self.decay, self.gain, self.v_threshold, self.v_reset, self.reset_by, self.strict, self.detach_reset,
+            self.surrogate,
+        )  # fmt: skip
+
 
 # The tensors in it are seen by torch's transforms.
 pytree.register_dataclass(LIFParams)
+
+
+def encode(
+    x: Tensor,
+    decay: float | Tensor,
+    gain: float | Tensor,
+    v_threshold: float,
+    v_reset: float | None,
+    reset_by: float | None,
+    strict: bool,
+    detach_reset: bool,
+    surrogate: Surrogate,
+) -> tuple[Tensor | None, Tensor | None, list[float]]:
+    """A neuron as every op takes it: decay and gain where they are tensors (state dtype), and ten numbers.
+
+    One list instead of ten arguments, because torch's Python side of autograd works through the square of their number
+    on each call. v_reset is NaN for soft reset; csrc/torch/neuron.h reads the list.
+    """
+    decay_c, decay = _split(decay, x)
+    gain_c, gain = _split(gain, x)
+    v_reset = math.nan if v_reset is None else v_reset
+    reset_by = v_threshold if reset_by is None else reset_by
+    rest = (v_threshold, v_reset, reset_by, strict, detach_reset, surrogate.kind, *surrogate.parameters)
+    return decay_c, gain_c, [decay, gain, *map(float, rest)]
 
 
 def lif_ref(
@@ -291,10 +319,7 @@ def _empty_slices(x: Tensor, steps: int | None, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.register_fake("spikecore::lif_fwd")
-def _lif_fwd_fake(
-    x, decay_c, gain_c, v_init, decay, gain, v_threshold, v_reset, reset_by, strict, detach_reset,
-    surrogate, a, b, channel_dim, return_h, return_v, packed,
-):  # fmt: skip
+def _lif_fwd_fake(x, decay_c, gain_c, v_init, neuron, channel_dim, return_h, return_v, packed):
     _check("lif", x, decay_c, gain_c, v_init, channel_dim)
     T, state = x.shape[0], _state_dtype(x)
     s = _empty_slices(x, (T + 7) // 8, torch.uint8) if packed else _empty_slices(x, T, x.dtype)
@@ -305,9 +330,8 @@ def _lif_fwd_fake(
 
 @torch.library.register_fake("spikecore::lif_bwd")
 def _lif_bwd_fake(
-    g_s, g_v_last, g_h, g_v, x, decay_c, gain_c, v_init, decay, gain, v_threshold, v_reset, reset_by, strict,
-    detach_reset, surrogate, a, b, channel_dim, need_decay, need_gain, need_v_init,
-):  # fmt: skip
+    g_s, g_v_last, g_h, g_v, x, decay_c, gain_c, v_init, neuron, channel_dim, need_decay, need_gain, need_v_init
+):
     none = x.new_empty(0, dtype=_state_dtype(x))
     return (
         _empty_slices(x, x.shape[0], x.dtype),
@@ -320,8 +344,8 @@ def _lif_bwd_fake(
 def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:4])
-    ctx.constants = inputs[4:15]
-    ctx.return_h, ctx.return_v, ctx.packed = inputs[15:]
+    ctx.constants = inputs[4:6]
+    ctx.return_h, ctx.return_v, ctx.packed = inputs[6:]
 
 
 def _backward(ctx, g_s, g_v_last, g_h, g_v):
@@ -334,7 +358,7 @@ def _backward(ctx, g_s, g_v_last, g_h, g_v):
     )  # fmt: skip
     return (
         g_x, g_decay if need_decay else None, g_gain if need_gain else None, g_v_init if need_v_init else None,
-        *[None] * 14,
+        *[None] * 5,
     )  # fmt: skip
 
 

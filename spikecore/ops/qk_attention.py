@@ -11,7 +11,6 @@ q, k and v hold spikes, or any numbers: the formulas are the same. Given ``qkv=L
 which recomputes spikes and potentials from them.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -100,24 +99,11 @@ def _attention(
             raise TypeError(f"{op}: {arg}.surrogate must be a spikecore.surrogate object, got {neuron.surrogate!r}")
     if T is not None and T < 1:
         raise ValueError(f"{op}: T must be None or at least 1, got {T}")
-    attn_decay, attn_gain, attn_constants = _split(attn, q)
-    qkv_decay, qkv_gain, qkv_constants = _split(qkv, q) if qkv is not None else (None, None, [])
+    attn_decay, attn_gain, attn_constants = attn.encode(q)
+    qkv_decay, qkv_gain, qkv_constants = qkv.encode(q) if qkv is not None else (None, None, [])
     return torch.ops.spikecore.qk_attention_fwd(
         q, k, v, attn_decay, attn_gain, qkv_decay, qkv_gain, attn_constants, qkv_constants, mode, T or 0
     )
-
-
-def _split(p: LIFParams, q: Tensor) -> tuple[Tensor | None, Tensor | None, list[float]]:
-    """A neuron as the op takes it: decay and gain where they are tensors, and ten numbers (see qk_attention.cpp)."""
-    tensors = [
-        t.to(_state_dtype(q)) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (p.decay, p.gain)
-    ]
-    decay, gain = (t if isinstance(t, Tensor) else None for t in tensors)
-    numbers = [0.0 if isinstance(t, Tensor) else float(t) for t in tensors]
-    v_reset = math.nan if p.v_reset is None else p.v_reset
-    reset_by = p.v_threshold if p.reset_by is None else p.reset_by
-    flags = [float(p.strict), float(p.detach_reset), float(p.surrogate.kind)]
-    return decay, gain, [*numbers, p.v_threshold, v_reset, reset_by, *flags, *p.surrogate.parameters]
 
 
 # ---- references ------------------------------------------------------------------------------------------------------

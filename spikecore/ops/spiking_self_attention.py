@@ -23,7 +23,6 @@ from spikecore.ops.lif import (
     _FLOATS,
     LIFParams,
     _empty_slices,
-    _split,
     _state_dtype,
     lif_ref,
     pack_spikes,
@@ -78,8 +77,8 @@ def spiking_self_attention(
             )
     if T is not None and T < 1:
         raise ValueError(f"spiking_self_attention: T must be at least 1, got {T}")
-    decay_h, gain_h, numbers = _numbers(attn, q)
-    qkv_decay_h, qkv_gain_h, qkv_numbers = (None, None, []) if qkv is None else _numbers(qkv, q)
+    decay_h, gain_h, numbers = attn.encode(q)
+    qkv_decay_h, qkv_gain_h, qkv_numbers = (None, None, []) if qkv is None else qkv.encode(q)
     return torch.ops.spikecore.spiking_self_attention_fwd(
         q, k, v, decay_h, gain_h, qkv_decay_h, qkv_gain_h, scale, T or 0, numbers, qkv_numbers
     )
@@ -113,17 +112,6 @@ def _neuron(x: Tensor, p: LIFParams, smooth: bool) -> Tensor:
         x, p.decay, p.gain, v_threshold=p.v_threshold, v_reset=p.v_reset, reset_by=p.reset_by, strict=p.strict,
         detach_reset=p.detach_reset, surrogate=p.surrogate, smooth=smooth,
     )[0]  # fmt: skip
-
-
-def _numbers(p: LIFParams, q: Tensor) -> tuple[Tensor | None, Tensor | None, list[float]]:
-    """A neuron as the op takes it: decay and gain where they are tensors, and everything else in 11 numbers."""
-    decay_h, decay = _split(p.decay, q)
-    gain_h, gain = _split(p.gain, q)
-    rest = 0.0 if p.v_reset is None else p.v_reset
-    reset_by = p.v_threshold if p.reset_by is None else p.reset_by
-    a, b = p.surrogate.parameters
-    flags = (p.v_reset is not None, rest, reset_by, p.strict, p.detach_reset, p.surrogate.kind)
-    return decay_h, gain_h, [decay, gain, float(p.v_threshold), *map(float, flags), float(a), float(b)]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, T: int, currents: bool, parameters: dict[str, Tensor | None]) -> None:

@@ -4,6 +4,7 @@ Same launchers' signatures as the registered ops. Compiled without fused multipl
 C++ kernels and backward's recomputation meets forward's spikes.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -211,16 +212,24 @@ def lif_bwd_kernel(
         tl.store(p_g_v_init + i, b_g_v, mask=mask)
 
 
-class _Neuron:
-    """What both launchers derive from the neuron's arguments."""
+class NeuronNumbers:
+    """The list of `spikecore.ops.lif.encode`, and the smallest potential that fires."""
 
-    def __init__(self, x, decay_c, gain_c, v_threshold, v_reset, strict, channel_dim):
-        self.hard = v_reset is not None
+    def __init__(self, numbers: list[float]) -> None:
+        self.decay, self.gain, self.threshold, v_reset, self.reset_by, strict, detach, kind, self.a, self.b = numbers
+        self.hard, self.detach, self.kind = not math.isnan(v_reset), bool(detach), int(kind)
         self.rest = v_reset if self.hard else 0.0
-        threshold = np.float32(v_threshold)
+        threshold = np.float32(self.threshold)
         above = np.nextafter(threshold, np.float32(np.inf))
         # Nothing lies above infinity, and no potential is >= NaN.
         self.fire_at = float(threshold if not strict else above if above > threshold else np.nan)
+
+
+class _Neuron(NeuronNumbers):
+    """What both launchers derive from the neuron's arguments."""
+
+    def __init__(self, x, decay_c, gain_c, neuron, channel_dim):
+        super().__init__(neuron)
         self.N = x[0].numel()
         self.per_channel = any(p is not None and p.dim() == 1 and len(p) > 1 for p in (decay_c, gain_c))
         self.C, self.inner = (x.shape[channel_dim], x.stride(channel_dim)) if self.per_channel else (1, 1)
@@ -264,22 +273,16 @@ def _laid_out(t: Tensor | None, x: Tensor, sequence: bool) -> Tensor | None:
     return t if t.stride() == like.stride() else like.copy_(t)
 
 
-def lif_fwd(
-    x, decay_c, gain_c, v_init, decay, gain, v_threshold, v_reset, reset_by, strict, detach_reset,
-    surrogate, a, b, channel_dim, return_h, return_v, packed,
-):  # fmt: skip
+def lif_fwd(x, decay_c, gain_c, v_init, neuron, channel_dim, return_h, return_v, packed):
     from spikecore.ops.lif import _lif_fwd_fake
 
     x = _check_x("lif", x, decay_c, gain_c, v_init, channel_dim)
-    s, v_last, h, v = _lif_fwd_fake(
-        x, decay_c, gain_c, v_init, decay, gain, v_threshold, v_reset, reset_by, strict, detach_reset,
-        surrogate, a, b, channel_dim, return_h, return_v, packed,
-    )  # fmt: skip
-    n = _Neuron(x, decay_c, gain_c, v_threshold, v_reset, strict, channel_dim)
+    s, v_last, h, v = _lif_fwd_fake(x, decay_c, gain_c, v_init, neuron, channel_dim, return_h, return_v, packed)
+    n = _Neuron(x, decay_c, gain_c, neuron, channel_dim)
     v_init = _laid_out(v_init, x, sequence=False)
     _launch(
         lif_fwd_kernel, x, n.N, x, n.decay_c, n.gain_c, v_init, s, v_last, h, v,
-        len(x), n.N, x.stride(0), n.C, n.inner, decay, gain, n.rest, n.fire_at, reset_by,
+        len(x), n.N, x.stride(0), n.C, n.inner, n.decay, n.gain, n.rest, n.fire_at, n.reset_by,
         HARD=n.hard, DECAY=decay_c is not None, GAIN=gain_c is not None, PER_CHANNEL=n.per_channel,
         V_INIT=v_init is not None, H=return_h, V=return_v, PACKED=packed,
     )  # fmt: skip
@@ -287,17 +290,15 @@ def lif_fwd(
 
 
 def lif_bwd(
-    g_s, g_v_last, g_h, g_v, x, decay_c, gain_c, v_init, decay, gain, v_threshold, v_reset, reset_by, strict,
-    detach_reset, surrogate, a, b, channel_dim, need_decay, need_gain, need_v_init,
-):  # fmt: skip
+    g_s, g_v_last, g_h, g_v, x, decay_c, gain_c, v_init, neuron, channel_dim, need_decay, need_gain, need_v_init
+):
     from spikecore.ops.lif import _empty_slices, _lif_bwd_fake
 
     x = _check_x("lif backward", x, decay_c, gain_c, v_init, channel_dim)
     g_x, g_decay, g_gain, g_v_init = _lif_bwd_fake(
-        g_s, g_v_last, g_h, g_v, x, decay_c, gain_c, v_init, decay, gain, v_threshold, v_reset, reset_by, strict,
-        detach_reset, surrogate, a, b, channel_dim, need_decay, need_gain, need_v_init,
-    )  # fmt: skip
-    n = _Neuron(x, decay_c, gain_c, v_threshold, v_reset, strict, channel_dim)
+        g_s, g_v_last, g_h, g_v, x, decay_c, gain_c, v_init, neuron, channel_dim, need_decay, need_gain, need_v_init
+    )
+    n = _Neuron(x, decay_c, gain_c, neuron, channel_dim)
     v_init, g_v_last = (_laid_out(t, x, sequence=False) for t in (v_init, g_v_last))
     g_s, g_h, g_v = (_laid_out(t, x, sequence=True) for t in (g_s, g_h, g_v))
     per_decay = _empty_slices(x, None, torch.float32) if need_decay else None
@@ -306,8 +307,8 @@ def lif_bwd(
     _launch(
         lif_bwd_kernel, x, n.N, g_s, g_v_last, g_h, g_v, x, n.decay_c, n.gain_c, v_init,
         g_x, per_decay, per_gain, g_v_init, starts,
-        len(x), n.N, x.stride(0), n.C, n.inner, decay, gain, v_threshold, n.rest, n.fire_at, reset_by, a, b,
-        HARD=n.hard, DETACH=detach_reset, KIND=surrogate, DECAY=decay_c is not None, GAIN=gain_c is not None,
+        len(x), n.N, x.stride(0), n.C, n.inner, n.decay, n.gain, n.threshold, n.rest, n.fire_at, n.reset_by, n.a, n.b,
+        HARD=n.hard, DETACH=n.detach, KIND=n.kind, DECAY=decay_c is not None, GAIN=gain_c is not None,
         PER_CHANNEL=n.per_channel, V_INIT=v_init is not None, G_S=g_s is not None, G_V_LAST=g_v_last is not None,
         G_H=g_h is not None, G_V=g_v is not None, NEED_DECAY=need_decay, NEED_GAIN=need_gain, NEED_V_INIT=need_v_init,
         SEG=min(SEGMENT, triton.next_power_of_2(len(x))),

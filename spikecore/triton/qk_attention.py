@@ -5,16 +5,14 @@ launchers' signatures as the registered ops. Compiled without fused multiply-add
 spikes are unpacked first.
 """
 
-import math
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from spikecore.triton.lif import _charge, _reset, _surrogate
+from spikecore.triton.lif import NeuronNumbers, _charge, _reset, _surrogate
 
 SEGMENT = 4  # time steps whose potentials backward holds in registers
 SUM_BLOCKS = {True: (32, 64), False: (8, 256)}  # rows and columns of a tile: a sum over rows, or along them
@@ -295,20 +293,11 @@ def qk_operand_bwd_kernel(
         tl.store(at + sum_step, tl.sum(over_gain.to(tl.float64)))
 
 
-class _Neuron:
+class _Neuron(NeuronNumbers):
     """One neuron's arguments as the kernels take them."""
 
-    def __init__(self, decay_h: Tensor | None, gain_h: Tensor | None, constants: list[float]) -> None:
-        numbers = constants or [0.5, 0.5, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 2.0, 0.0]
-        self.decay, self.gain, threshold, v_reset, self.reset_by, strict, detach, kind, self.a, self.b = numbers
-        self.hard, self.detach, self.kind = not math.isnan(v_reset), bool(detach), int(kind)
-        self.rest = v_reset if self.hard else 0.0
-        self.threshold = threshold
-        above = np.nextafter(np.float32(threshold), np.float32(np.inf))
-        # Nothing lies above infinity, and no potential is >= NaN.
-        self.fire_at = float(
-            np.float32(threshold) if not strict else above if above > np.float32(threshold) else np.nan
-        )
+    def __init__(self, decay_h: Tensor | None, gain_h: Tensor | None, numbers: list[float]) -> None:
+        super().__init__(numbers or [0.5, 0.5, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 2.0, 0.0])
         self.decay_h, self.gain_h = (p.contiguous() if p is not None else None for p in (decay_h, gain_h))
         self.steps = [int(p is not None and p.dim() > 0) for p in (decay_h, gain_h)]
         self.flags = {"HARD": self.hard, "DECAY": decay_h is not None, "GAIN": gain_h is not None}

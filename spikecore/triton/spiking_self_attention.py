@@ -4,18 +4,12 @@ which are plain matrix products, by torch. Spikes and ``kv`` do lie in memory he
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from spikecore.triton.lif import lif_bwd, lif_fwd
 
-
-def _lif_arguments(numbers: list[float]) -> tuple[Any, ...]:
-    """What `lif_fwd` and `lif_bwd` take after the tensors; the channel of a neuron is its head."""
-    decay, gain, v_threshold, hard, rest, reset_by, strict, detach, kind, a, b = numbers
-    return decay, gain, v_threshold, rest if hard else None, reset_by, bool(strict), bool(detach), int(kind), a, b, 2
+_HEADS = 2  # the dimension of [T, B, H, D, N] that is the neurons' channel
 
 
 def _start(
@@ -34,7 +28,7 @@ def _start(
 
 
 def _spikes(x: Tensor, decay_h: Tensor | None, gain_h: Tensor | None, numbers: list[float], packed: bool) -> Tensor:
-    return lif_fwd(x, decay_h, gain_h, None, *_lif_arguments(numbers), False, False, packed)[0]
+    return lif_fwd(x, decay_h, gain_h, None, numbers, _HEADS, False, False, packed)[0]
 
 
 def _like(x: Tensor, values: Tensor) -> Tensor:
@@ -61,7 +55,7 @@ def spiking_self_attention_bwd(
     b_q, b_k, b_v = operands
     kv = b_k @ b_v.mT
     g_u, g_decay, g_gain, _ = lif_bwd(
-        g_out.float(), None, None, None, scale * (kv.mT @ b_q), decay_h, gain_h, None, *_lif_arguments(attn),
+        g_out.float(), None, None, None, scale * (kv.mT @ b_q), decay_h, gain_h, None, attn, _HEADS,
         need_decay, need_gain, False,
     )  # fmt: skip
     g_y = scale * g_u
@@ -71,7 +65,7 @@ def spiking_self_attention_bwd(
     if qkv:
         results = [
             lif_bwd(
-                g, None, None, None, x, qkv_decay_h, qkv_gain_h, None, *_lif_arguments(qkv),
+                g, None, None, None, x, qkv_decay_h, qkv_gain_h, None, qkv, _HEADS,
                 need_qkv_decay, need_qkv_gain, False,
             )
             for g, x in zip(grads, inputs, strict=True)
