@@ -56,7 +56,7 @@ class SMA(nn.Module):
 
     def __init__(
         self, channels: int, time: int, kernels: Sequence[int] = (1, 3, 5, 7), *, channel_reduction: int = 16,
-        time_reduction: int = 4, azo: bool = False, channel_drop: int = 4, time_drop: int = 4, spiking: bool = True,
+        time_reduction: float = 4, azo: bool = False, channel_drop: int = 4, time_drop: int = 4, spiking: bool = True,
         light: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -69,7 +69,7 @@ class SMA(nn.Module):
             )
         self.time, self.light, self.azo = time, light, azo
         self.dropped = time // time_drop, channels // channel_drop
-        hidden, hidden_time = channels // channel_reduction, time // time_reduction
+        hidden, hidden_time = channels // channel_reduction, int(time // time_reduction)
         self.S_Convs = nn.ModuleList(Branch(channels, k, spiking) for k in kernels)
         # Published as 1x1 convolutions of single pixels.
         self.C_before_attention_conv = nn.Linear(channels, hidden)
@@ -124,7 +124,7 @@ class SMAVGG(SpikingModel):
 
     def __init__(
         self, T: int = 16, *, widths: Sequence[int] = (64, 128, 256, 512, 512), hidden: Sequence[int] = (2048, 1024),
-        channel_reduction: int = 4, time_reduction: int = 4, azo: bool = False, channel_drop: int = 10,
+        channel_reduction: int = 4, time_reduction: float = 4, azo: bool = False, channel_drop: int = 10,
         time_drop: int = 4, dropout: float = 0.5, in_chans: int = 2, num_classes: int = 11,
     ) -> None:  # fmt: skip
         super().__init__(T, in_chans, num_classes)

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from golden.harness import Case, Report, fill, probe, runner, uniform
 from torch import Tensor, nn
 
-from spikecore.models import SEWDVS, SMA, SMAVGG, SEWResNet, sew_resnet, sma
+from spikecore.models import SEWDVS, SMA, SMAVGG, MSResNet, SEWResNet, ms_resnet, sew_resnet, sma
 from spikecore.neurons import Neuron
 
 Filter = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
@@ -177,3 +178,44 @@ def sma_vgg(case: Case, _: None) -> Report:
 
     moved = {"block1.1": "block1.2"} if data == "NCaltech101" else {}
     return check(case, model, sma.checkpoint_filter, steps, moved)
+
+
+# ---- MS-ResNet -------------------------------------------------------------------------------------------------------
+
+
+def norm_as_published(norm: nn.BatchNorm2d, T: int, x: Tensor) -> Tensor:
+    """The published layout, ``[B, C, T, H, W]`` by way of copies.
+
+    For one sample of 1 x 1 pixels, as the cases end in, torch's CPU kernel misreads this layout in backward: it sums
+    g_y as though it were ``[C, T]``. The cases' gradients carry that error; so do ours if called this way, only then.
+    """
+    folded = x.dim() == 4
+    y = (x.unflatten(0, (T, -1)) if folded else x).transpose(0, 2).contiguous().transpose(0, 1).contiguous()
+    y = nn.functional.batch_norm(
+        y, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum or 0.0, norm.eps
+    )
+    y = y.contiguous().transpose(0, 1).contiguous().transpose(0, 2)
+    return y.flatten(0, 1) if folded else y
+
+
+def membrane_resnets(run: Callable) -> Callable:
+    file = "SMA Resnet/models/MS_ResNet.py"
+    for depth in ms_resnet.DEPTHS:
+        runner(SMA_REPO, file, f"resnet{depth}")(run)
+    inserted = "resnet18 with SMA inserted at index 2 of every residual_function"
+    return runner(SMA_REPO, f"SMA Resnet/train_amp.py + models/{file.rpartition('/')[2]}", inserted)(run)
+
+
+@membrane_resnets
+def membrane_resnet(case: Case, _: None) -> Report:
+    config = dict(case.config)
+    depth = int(case.key[2].split()[0].removeprefix("resnet"))
+    inserted = config.pop("SMA", None)
+    model = MSResNet(
+        ms_resnet.DEPTHS[depth], deep_stem=depth > 34, T=config["time_window"], num_classes=config["num_classes"],
+        sma=None if inserted is None else attention(inserted),
+    )  # fmt: skip
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.forward = partial(norm_as_published, m, model.T)
+    return check(case, model, ms_resnet.checkpoint_filter)
