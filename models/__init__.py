@@ -7,10 +7,11 @@ if __name__ != "spikecore.models":
 from spikecore.models._checkpoint import load_checkpoint
 from spikecore.models._registry import create_model, list_models, register_model
 from spikecore.models.ecsnn import ECSNN
+from spikecore.models.qkformer import QKFormer
 from spikecore.models.sew_resnet import SEWDVS, SEWResNet
 from spikecore.models.sma import SMA, SMAVGG
 
 __all__ = [
-    "ECSNN", "SEWDVS", "SMA", "SMAVGG", "SEWResNet", "create_model", "list_models", "load_checkpoint",
-    "register_model",
+    "ECSNN", "QKFormer", "SEWDVS", "SMA", "SMAVGG", "SEWResNet", "create_model", "list_models",
+    "load_checkpoint", "register_model",
 ]  # fmt: skip

@@ -10,9 +10,17 @@ __all__ = ["BatchNorm2d", "Conv2d", "Folded", "SpikingModel", "truncated_normal"
 
 
 class Folded(nn.Sequential):
-    """Layers that know no time, over ``[T, B, ...]``: they see ``[T*B, ...]``, so batch statistics run over T too."""
+    """Layers that know no time, over ``[T, B, ...]``: they see ``[T*B, ...]``, so batch statistics run over T too.
+
+    A repeated image, or what was computed from one, is computed once, and the result repeated. Batch statistics are the
+    same but for the update of running_var, which is larger by (n - 1/T) / (n - 1), n = B*H*W: less than 1e-3 from
+    n = 1000 on.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1 and x.stride(0) == 0:
+            y = super().forward(x[0])
+            return y.expand(len(x), *y.shape)
         return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 

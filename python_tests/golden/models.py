@@ -8,8 +8,11 @@ import torch
 from golden.harness import Case, Report, fill, probe, runner, uniform
 from torch import Tensor, nn
 
-from spikecore.models import SEWDVS, SMA, SMAVGG, SEWResNet, sew_resnet, sma
-from spikecore.neurons import Neuron
+from spikecore.models import SEWDVS, SMA, SMAVGG, QKFormer, SEWResNet, qkformer, sew_resnet, sma
+from spikecore.models._transformer import Attention, SelfAttention, conv_bn, neuron
+from spikecore.neurons import LIF, Neuron
+from spikecore.ops import LIFParams, lif
+from spikecore.surrogate import Sigmoid
 
 Filter = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 
@@ -28,6 +31,43 @@ def state_of(case: Case) -> dict[str, Tensor]:
     return state
 
 
+def spikes(x: Tensor, p: LIFParams) -> Tensor:
+    return lif(
+        x, p.decay, p.gain, v_threshold=p.v_threshold, v_reset=p.v_reset, strict=p.strict, surrogate=p.surrogate
+    )[0]
+
+
+class Inside:
+    """The neurons that a fused attention holds: from the currents it reads, by `lif`, one after the other; what comes
+    out must be what the attention gave to its last projection, spike by spike."""
+
+    def __init__(self, name: str, module: Attention, into: dict[str, int], report: Report, hooks: ExitStack) -> None:
+        self.name, self.module, self.into, self.report = name, module, into, report
+        self.currents: dict[str, Tensor] = {}
+        for operand in module.operands:
+
+            def keep(_: nn.Module, args: Any, out: Tensor, operand: str = operand) -> None:
+                self.currents[operand] = out.detach()
+
+            hooks.callback(getattr(module, operand).register_forward_hook(keep).remove)
+        hooks.callback(module.proj.register_forward_pre_hook(self.count).remove)
+
+    def count(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        m = self.module
+        s = {n: spikes(x.flatten(3).unflatten(2, (m.heads, -1)), m.qkv_lif) for n, x in self.currents.items()}
+        if isinstance(m, SelfAttention):
+            a = out = spikes(0.125 * (s["v"] @ (s["k"].transpose(3, 4) @ s["q"])), m.attn_lif)
+        elif m.operands == "qk":
+            a = spikes(s["q"].sum(3, keepdim=True), m.attn_lif)
+            out = a * s["k"]
+        else:
+            a = spikes((s["k"] * s["v"]).sum(4, keepdim=True), m.attn_lif)
+            out = a * s["q"]
+        self.report.spikes(args[0], out.reshape(args[0].shape))
+        for name, t in {**s, "attn": a}.items():
+            self.into[f"{self.name}.{name}_lif"] = int(t.sum())
+
+
 def check(
     case: Case, model: nn.Module, rename: Filter, call: Callable[[nn.Module, Tensor], Tensor] | None = None,
     neurons: dict[str, str] | None = None,
@@ -35,7 +75,7 @@ def check(
     """Evaluation, then a training step without dropout, as the cases were made."""
     report, call = Report(), call or (lambda model, x: model(x))
     state = state_of(case)
-    own = {name: next(iter(rename({name: t}, model))) for name, t in state.items()}  # published name -> ours
+    own = {name: next(iter(rename({name: t}, model)), None) for name, t in state.items()}  # published name -> ours
     near = case.data.get("min_margin", 1.0) < 2e-6
 
     for mode in ("eval", "train"):
@@ -49,21 +89,23 @@ def check(
                 if isinstance(m, SMA):
                     m.training = True
         x = case.input("x").requires_grad_(mode == "train")
-        spikes: dict[str, int] = {}
+        fired: dict[str, int] = {}
         with ExitStack() as hooks:
             for name, m in model.named_modules():
-                if isinstance(m, Neuron):
+                if isinstance(m, Attention):
+                    Inside(name, m, fired, report, hooks)
+                elif isinstance(m, Neuron):
 
-                    def count(module: nn.Module, args: Any, out: Tensor, name: str = name, into: dict = spikes) -> None:
+                    def count(module: nn.Module, args: Any, out: Tensor, name: str = name, into: dict = fired) -> None:
                         into[name] = into.get(name, 0) + int(out.sum())
 
                     hooks.callback(m.register_forward_hook(count).remove)
             with torch.set_grad_enabled(mode == "train"):
                 out = call(model, x)
         ours = {name: (neurons or {}).get(name, name) for name in case.data["neurons"]}
-        assert set(spikes) == set(ours.values()), (sorted(spikes), sorted(ours.values()))
+        assert set(fired) == set(ours.values()), (sorted(fired), sorted(ours.values()))
         for name, facts in case.data["neurons"].items():
-            report.counts(name, spikes[ours[name]], facts[mode]["spikes"], facts[mode]["within_1e-5"] if near else 0)
+            report.counts(name, fired[ours[name]], facts[mode]["spikes"], facts[mode]["within_1e-5"] if near else 0)
         report.output(f"{mode} output", out, case.tensors[f"{mode}.out"])
     results = case.data["results"]["train"]
     weight = torch.from_numpy(2 * uniform(case.data["case_seed"], "loss_weight", list(out.shape)) - 1).float()
@@ -71,7 +113,7 @@ def check(
     report.output("loss", loss, torch.tensor(results["loss"]))
     loss.backward()
     gradients = {
-        f"grad:{name}": model.get_parameter(own[name]).grad
+        f"grad:{name}": model.get_parameter(own[name]).grad if own[name] else None
         for name in results["grads"]
         if not name.startswith("input:")
     }
@@ -177,3 +219,64 @@ def sma_vgg(case: Case, _: None) -> Report:
 
     moved = {"block1.1": "block1.2"} if data == "NCaltech101" else {}
     return check(case, model, sma.checkpoint_filter, steps, moved)
+
+
+# ---- QKFormer --------------------------------------------------------------------------------------------------------
+
+QKFORMER = "zhouchenlin2096/QKFormer"
+
+
+def transformer_neurons(case: Case) -> dict[str, str]:
+    """Published names of neurons to ours: the last one of an attention is `lif`."""
+    names = {}
+    for name in case.data["neurons"]:
+        ours = name
+        for published, own in ((".tssa.", ".attn."), (".ssa.", ".attn."), (".mlp1_", ".fc1_"), (".mlp2_", ".fc2_"),
+                               (".attn.proj_lif", ".attn.lif")):  # fmt: skip
+            ours = ours.replace(published, own)
+        names[name] = ours
+    return names
+
+
+class Discarding(nn.Module):
+    """The self attention of a copy that does not use what it attends to: its neuron reads the block's input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in "qkv":
+            self.add_module(name, conv_bn(channels, channels))
+            self.add_module(f"{name}_lif", neuron())
+        self.proj = conv_bn(channels, channels, bias=True)
+        self.attn_lif, self.lif = LIF(v_threshold=0.5, surrogate=Sigmoid(4.0)), neuron()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in "qkv":
+            getattr(self, f"{name}_lif")(getattr(self, name)(x))
+        y = self.proj(self.attn_lif(x))
+        return self.lif(y.flatten(0, 1)).view_as(y)
+
+
+@runner(QKFORMER, "imagenet/qkformer.py", "MLP")
+def qkformer_mlp(case: Case, _: None) -> Report:
+    hidden, channels, *_ = case.data["state"][0]["shape"]
+    return check(case, qkformer.MLP(channels, hidden), qkformer.checkpoint_filter)
+
+
+@runner("para133/SNN_Mamba", "QKFormer/model.py", "QKFormer")
+@runner(QKFORMER, "imagenet/qkformer.py", "hierarchical_spiking_transformer")
+@runner(QKFORMER, "cifar10/model.py", "spiking_transformer")
+@runner(QKFORMER, "cifar100/model.py", "spiking_transformer")
+@runner(QKFORMER, "cifar10-dvs/model.py", "vit_snn")
+@runner(QKFORMER, "dvs128-gesture/model.py", "vit_snn")
+def qkformer_model(case: Case, _: None) -> Report:
+    config, events = case.config, case.key[2] == "vit_snn"
+    stem = "dvs" if events else "cifar" if "cifar" in case.key[1] else "imagenet"
+    heads = config.get("num_heads_effective", [config["num_heads"]])[0]
+    model = QKFormer(
+        config["embed_dims"], heads, 2 if events else config["depths"], mlp_ratio=config["mlp_ratios"], stem=stem,
+        T=config.get("T"), in_chans=config["in_channels"], num_classes=config["num_classes"], published_quirks=True,
+    )  # fmt: skip
+    if case.key[0] != QKFORMER:
+        for block in model.stage3:
+            block.attn = Discarding(config["embed_dims"])
+    return check(case, model, qkformer.checkpoint_filter, neurons=transformer_neurons(case))

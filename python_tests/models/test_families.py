@@ -10,12 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spikecore.models import create_model, list_models, load_checkpoint
 from spikecore.models._base import SpikingModel
+from spikecore.models._transformer import Attention
 
 # name: (settings, input of a batch of 2)
 SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "sew_resnet_test": ({"T": 3}, (2, 3, 32, 32)),
     "sew_dvs_7b": ({"img_size": 128}, (2, 2, 2, 128, 128)),
     "sma_vgg8_test": ({}, (2, 8, 2, 32, 32)),
+    "qkformer_test": ({}, (2, 3, 32, 40)),
+    "qkformer_dvs_256": ({"embed_dim": 64, "heads": 2}, (2, 3, 2, 32, 24)),
 }
 FAMILIES = pytest.mark.parametrize("name", SMALL)
 
@@ -23,12 +26,24 @@ FAMILIES = pytest.mark.parametrize("name", SMALL)
 def build(name: str, **changes: Any) -> tuple[SpikingModel, Tensor]:
     settings, shape = SMALL[name]
     torch.manual_seed(0)
-    model = create_model(name, **{**settings, **changes}).eval()
+    model, x = create_model(name, **{**settings, **changes}), torch.rand(shape) * 2
     with torch.no_grad():  # so that neurons behind linear layers fire
         for m in (m for s in model.modules() if isinstance(s, nn.Sequential) for m in s):
             if isinstance(m, nn.Linear):
                 m.weight.mul_(10)
-    return model, torch.rand(shape) * 2
+        warm_up(model, torch.rand(*shape[:-3], model.in_chans, *shape[-2:]) * 2)
+    return model.eval(), x
+
+
+def warm_up(model: nn.Module, x: Tensor) -> None:
+    """Batch norms of this batch, in transformers positive on average: those of fresh weights are silent."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms:
+        m.bias.fill_(float(any(isinstance(a, Attention) for a in model.modules())))
+        m.momentum = 1.0
+    model(x)
+    for m in norms:
+        m.momentum = 0.1
 
 
 @FAMILIES
@@ -36,6 +51,7 @@ def test_forward_is_head_of_features(name: str) -> None:
     model, x = build(name)
     features = model.forward_features(x)
     assert features.shape[1] == len(x)
+    assert features.any()
     assert torch.equal(model(x), model.forward_head(features))
     assert model(x).shape == (2, model.num_classes)
     assert model.forward_head(features, pre_logits=True).shape == (2, model.num_features)
@@ -107,11 +123,36 @@ def test_a_repeated_image_is_the_same_frames() -> None:
     torch.testing.assert_close(model(x), model(x.unsqueeze(1).expand(-1, 3, -1, -1, -1)))
 
 
+def test_the_published_quirk_couples_a_batch() -> None:
+    model, x = build("qkformer_test")
+    quirk = create_model("qkformer_test", published_quirks=True).eval()
+    quirk.load_state_dict(model.state_dict())
+    assert not torch.equal(quirk(x), model(x))
+    torch.testing.assert_close(quirk(x[:1]), model(x[:1]))
+
+
+@pytest.mark.parametrize("name", [n for n in SMALL if "former" in n or "sdt" in n])
+def test_sizes_of_one(name: str) -> None:
+    """One step, one sample, one pixel."""
+    model, x = build(name)
+    model.T, x = 1, x[:1, ..., :1, :1]
+    out = model(x[:, :1] if x.dim() == 5 else x)
+    assert out.shape == (1, model.num_classes)
+    out.sum().backward()
+
+
 # ---- published sizes -------------------------------------------------------------------------------------------------
 
 
+def self_attention_flops(q: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Two products of [D, N] and [D, D] per step, sample and head, as k^T v and q (k^T v)."""
+    T, B, H, D, N = q
+    return 2 * 2 * T * B * H * D * D * N
+
+
 def macs(model: nn.Module, shape: tuple[int, ...]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    attention = {torch.ops.spikecore.spiking_self_attention_fwd: self_attention_flops}
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter, torch.no_grad():
         model(torch.empty(1, *shape, device="meta"))
     return counter.get_total_flops() // 2
 
@@ -125,6 +166,16 @@ SIZES = [
                                        (152, 60_192_808, 45_694_320_640))],
     ("sew_dvs_wide", {}, 1_192_218, 26_107_446_528, (16, 2, 128, 128)),
     *[("sew_dvs_7b", {"kind": kind}, 130_426, 6_458_835_296, (16, 2, 128, 128)) for kind in ("sew", "plain", "basic")],
+    ("qkformer_10_384", {}, 16_473_688, 23_593_540_608, (4, 3, 224, 224)),
+    ("qkformer_10_512", {}, 29_079_336, 41_708_408_832, (4, 3, 224, 224)),
+    ("qkformer_10_768", {}, 64_962_760, 93_313_677_312, (4, 3, 224, 224)),
+    ("qkformer_10_768", {}, 64_962_760, 154_252_720_128, (4, 3, 288, 288)),
+    ("qkformer_10_768", {}, 64_962_760, 274_226_460_672, (4, 3, 384, 384)),
+    ("qkformer_10_768", {"T": 1}, 64_962_760, 23_328_995_328, (1, 3, 224, 224)),
+    ("qkformer_4_384", {}, 6_706_234, 6_063_984_384, (4, 3, 32, 32)),
+    ("qkformer_4_384", {"num_classes": 100}, 6_740_884, 6_064_018_944, (4, 3, 32, 32)),
+    ("qkformer_dvs_256", {}, 1_504_138, 8_120_175_104, (16, 2, 128, 128)),
+    ("qkformer_dvs_256", {"mlp_ratio": 4, "num_classes": 11}, 1_999_371, 8_925_481_728, (16, 2, 128, 128)),
     ("sma_vgg8", {}, 22_452_531, 197_788_418_688, (16, 2, 128, 128)),
     ("sma_vgg8", {"T": 10, "num_classes": 10, "channel_drop": 4}, 22_451_014, 123_617_751_240, (10, 2, 128, 128)),
     ("sma_vgg8", {"T": 14, "num_classes": 101, "channel_drop": 24}, 22_544_543, 455_686_175_140, (14, 2, 180, 240)),
@@ -149,6 +200,7 @@ def test_published_sizes(name: str, settings: dict, parameters: int, count: int,
         ("sew_resnet_test", (2, 5, 3, 32, 32), "SEWResNet: x must have T = 3 frames, got 5 in [2, 5, 3, 32, 32]"),
         ("sew_dvs_7b", (2, 2, 9, 9), "SEWDVS: an image needs T, the number of times it is shown; got [2, 2, 9, 9]"),
         ("sew_dvs_7b", (1, 2, 2, 256, 256), "SEWDVS: the head was built for 32 features, the frames give 128"),
+        ("qkformer_test", (2, 1, 9, 9), "QKFormer: x must be [B, 3, H, W] or [B, 2, 3, H, W], got [2, 1, 9, 9]"),
         ("sma_vgg8_test", (2, 8, 2, 16, 16), "SMAVGG: frames must be at least 32 x 32 (five pools), got [16, 16]"),
         ("sma_vgg8_test", (2, 6, 2, 32, 32), "SMAVGG: x must have T = 8 frames, got 6 in [2, 6, 2, 32, 32]"),
     ],
@@ -156,6 +208,19 @@ def test_published_sizes(name: str, settings: dict, parameters: int, count: int,
 def test_bad_input(name: str, shape: tuple[int, ...], line: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
         build(name)[0](torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "line"),
+    [
+        ("qkformer_test", {"stem": "large"}, "QKFormer: stem must be imagenet, cifar or dvs, got 'large'"),
+        ("qkformer_test", {"depth": 3}, "QKFormer: embed_dim must be a multiple of 16 and depth above 3, got 64 and 3"),
+        ("qkformer_test", {"heads": 5}, "TokenAttention: 16 channels cannot be split into 5 heads"),
+    ],
+)
+def test_bad_settings(name: str, settings: dict, line: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        create_model(name, **settings)
 
 
 def test_unknown_name_offers_the_nearest() -> None:
@@ -183,6 +248,22 @@ def test_checkpoints_as_authors_save_them(tmp_path, wrap) -> None:
     torch.manual_seed(1)
     other = create_model("sew_resnet_test", T=3, checkpoint=tmp_path / "model.pth").eval()
     assert torch.equal(other(x), model(x))
+
+
+def test_keys_of_the_published_transformers(tmp_path) -> None:
+    """One- and two-dimensional 1x1 convolutions, conv and norm side by side, other names of one block."""
+    model, x = build("qkformer_test")
+    names = {0: "conv", 1: "bn"}
+    state = {re.sub(r"\.([^.]+)\.([01])\.(\w+)$", lambda m: f".{m[1]}_{names[int(m[2])]}.{m[3]}", k): v
+             for k, v in model.state_dict().items()}  # fmt: skip
+    state = {re.sub(r"(stage[12]\.\d)\.attn", r"\1.tssa", k): v for k, v in state.items()}
+    state = {
+        k: v.squeeze(-1) if re.search(r"(attn|tssa)\.\w+_conv", k) and v.dim() == 4 else v for k, v in state.items()
+    }
+    assert "stage1.0.tssa.q_conv.weight" in state
+    assert state["stage3.0.attn.proj_conv.weight"].dim() == 3
+    torch.save({"model": state}, tmp_path / "m.pth")
+    assert torch.equal(create_model("qkformer_test", checkpoint=tmp_path / "m.pth").eval()(x), model(x))
 
 
 def test_event_checkpoint_of_an_old_release(tmp_path) -> None:
