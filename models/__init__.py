@@ -10,8 +10,9 @@ from spikecore.models.ecsnn import ECSNN
 from spikecore.models.qkformer import QKFormer
 from spikecore.models.sew_resnet import SEWDVS, SEWResNet
 from spikecore.models.sma import SMA, SMAVGG
+from spikecore.models.spikformer import Spikformer, Spikingformer
 
 __all__ = [
-    "ECSNN", "QKFormer", "SEWDVS", "SMA", "SMAVGG", "SEWResNet", "create_model", "list_models",
-    "load_checkpoint", "register_model",
+    "ECSNN", "QKFormer", "SEWDVS", "SMA", "SMAVGG", "SEWResNet", "Spikformer", "Spikingformer", "create_model",
+    "list_models", "load_checkpoint", "register_model",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the spiking transformers share: convolution with batch norm, their LIF, self attention.
+"""What the spiking transformers share: convolution with batch norm, their LIF, self attention, blocks that add spikes.
 
 Published state dicts call a convolution NAME_conv and its norm NAME_bn, and 1x1 convolutions are one-dimensional in the
 attentions; here both stand in one `Folded`, NAME, over maps (`published_keys`).
@@ -13,7 +13,7 @@ from spikecore.neurons import LIF
 from spikecore.ops import LIFParams, spiking_self_attention
 from spikecore.surrogate import Sigmoid
 
-__all__ = ["Attention", "SelfAttention", "conv_bn", "neuron", "published_keys"]
+__all__ = ["Attention", "Block", "MLP", "SelfAttention", "SpikingSelfAttention", "conv_bn", "neuron", "published_keys"]
 
 
 def neuron(tau: float = 2.0) -> LIF:
@@ -66,6 +66,40 @@ class SelfAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         y = spiking_self_attention(*self.currents(x), 0.125, self.attn_lif, self.qkv_lif)
         return self.proj(y.reshape(x.shape))
+
+
+class SpikingSelfAttention(SelfAttention):
+    """Self attention with a neuron at the end; `coupled`: one that steps over T * B, a fault of published code."""
+
+    def __init__(self, channels: int, heads: int, tau: float = 2.0, coupled: bool = False) -> None:
+        super().__init__(channels, heads, tau)
+        self.lif, self.coupled = neuron(tau), coupled
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return self.lif(y.flatten(0, 1)).view_as(y) if self.coupled else self.lif(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, channels: int, hidden: int, tau: float = 2.0) -> None:
+        super().__init__()
+        self.fc1, self.fc1_lif = conv_bn(channels, hidden, bias=True), neuron(tau)
+        self.fc2, self.fc2_lif = conv_bn(hidden, channels, bias=True), neuron(tau)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2_lif(self.fc2(self.fc1_lif(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """Attention and MLP, both ending in spikes, each added to its input: x counts spikes."""
+
+    def __init__(self, attn: nn.Module, channels: int, mlp_ratio: float, tau: float = 2.0) -> None:
+        super().__init__()
+        self.attn, self.mlp = attn, MLP(channels, int(channels * mlp_ratio), tau)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return x + self.mlp(x)
 
 
 def published_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spikecore.models._base import SpikingModel, truncated_normal
 from spikecore.models._registry import register_model
-from spikecore.models._transformer import Attention, SelfAttention, conv_bn, neuron, published_keys
+from spikecore.models._transformer import Attention, Block, SpikingSelfAttention, conv_bn, neuron, published_keys
 from spikecore.ops import qk_attention
 
 __all__ = ["QKFormer"]
@@ -31,40 +31,6 @@ class TokenAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         y = qk_attention(*self.currents(x), "token", self.attn_lif, self.qkv_lif)
         return self.lif(self.proj(y.reshape(x.shape)))
-
-
-class SpikingSelfAttention(SelfAttention):
-    """Self attention with a neuron at the end."""
-
-    def __init__(self, channels: int, heads: int, quirks: bool) -> None:
-        super().__init__(channels, heads)
-        self.lif, self.quirks = neuron(), quirks
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return self.lif(y.flatten(0, 1)).view_as(y) if self.quirks else self.lif(y)
-
-
-class MLP(nn.Module):
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.fc1_lif = conv_bn(channels, hidden, bias=True), neuron()
-        self.fc2, self.fc2_lif = conv_bn(hidden, channels, bias=True), neuron()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2_lif(self.fc2(self.fc1_lif(self.fc1(x))))
-
-
-class Block(nn.Module):
-    """Both branches end in spikes: x counts them."""
-
-    def __init__(self, attn: nn.Module, channels: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.attn, self.mlp = attn, MLP(channels, int(channels * mlp_ratio))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(x)
-        return x + self.mlp(x)
 
 
 class PatchEmbed(nn.Module):
@@ -154,7 +120,7 @@ class QKFormer(SpikingModel):
                 attn = (
                     TokenAttention(channels, heads)
                     if tokens
-                    else SpikingSelfAttention(channels, heads, published_quirks)
+                    else SpikingSelfAttention(channels, heads, coupled=published_quirks)
                 )
                 blocks.append(Block(attn, channels, mlp_ratio))
             self.add_module(f"stage{i}", blocks)

@@ -8,8 +8,19 @@ import torch
 from golden.harness import Case, Report, fill, probe, runner, uniform
 from torch import Tensor, nn
 
-from spikecore.models import SEWDVS, SMA, SMAVGG, QKFormer, SEWResNet, qkformer, sew_resnet, sma
-from spikecore.models._transformer import Attention, SelfAttention, conv_bn, neuron
+from spikecore.models import (
+    SEWDVS,
+    SMA,
+    SMAVGG,
+    QKFormer,
+    SEWResNet,
+    Spikingformer,
+    qkformer,
+    sew_resnet,
+    sma,
+    spikformer,
+)
+from spikecore.models._transformer import MLP, Attention, SelfAttention, conv_bn, neuron
 from spikecore.neurons import LIF, Neuron
 from spikecore.ops import LIFParams, lif
 from spikecore.surrogate import Sigmoid
@@ -221,6 +232,32 @@ def sma_vgg(case: Case, _: None) -> Report:
     return check(case, model, sma.checkpoint_filter, steps, moved)
 
 
+# ---- Spikingformer ---------------------------------------------------------------------------------------------------
+
+
+@runner(BKDSNN, "Spikingformer-CML/imagenet/model.py", "vit_snn")
+@runner(BKDSNN, "Spikingformer-CML/cifar10/model.py", "vit_snn")
+@runner(BKDSNN, "Spikingformer-CML/cifar10/model.py", "vit_snn.forward(return_inter=True)")
+@runner(BKDSNN, "Spikingformer-CML/cifar100/model.py", "vit_snn")
+@runner(BKDSNN, "Spikingformer-CML/cifar10-dvs/model.py", "vit_snn")
+def spikingformer_model(case: Case, _: None) -> Report:
+    config, kind = case.config, case.key[1].split("/")[1]
+    model = Spikingformer(
+        config["embed_dims"], config["num_heads"], config["depths"], mlp_ratio=config["mlp_ratios"], T=config.get("T"),
+        pools=spikformer.CIFAR if kind in ("cifar10", "cifar100") else spikformer.IMAGENET,
+        tau=1.75 if "dvs" in kind else 2.0, in_chans=config["in_channels"], num_classes=config["num_classes"],
+    )  # fmt: skip
+    names = {n: n.replace(".attn.proj_lif", ".attn.lif").replace(".mlp.mlp", ".mlp.fc") for n in case.data["neurons"]}
+    return check(case, model, spikformer.checkpoint_filter, neurons=names)
+
+
+@runner(BKDSNN, "Spikingformer-CML/imagenet/model.py", "MLP")
+def spikingformer_mlp(case: Case, _: None) -> Report:
+    hidden, channels, *_ = case.data["state"][0]["shape"]
+    names = {n: n.replace("mlp", "fc") for n in case.data["neurons"]}
+    return check(case, spikformer.MLPFirst(channels, hidden, 2.0), spikformer.checkpoint_filter, neurons=names)
+
+
 # ---- QKFormer --------------------------------------------------------------------------------------------------------
 
 QKFORMER = "zhouchenlin2096/QKFormer"
@@ -259,7 +296,7 @@ class Discarding(nn.Module):
 @runner(QKFORMER, "imagenet/qkformer.py", "MLP")
 def qkformer_mlp(case: Case, _: None) -> Report:
     hidden, channels, *_ = case.data["state"][0]["shape"]
-    return check(case, qkformer.MLP(channels, hidden), qkformer.checkpoint_filter)
+    return check(case, MLP(channels, hidden), qkformer.checkpoint_filter)
 
 
 @runner("para133/SNN_Mamba", "QKFormer/model.py", "QKFormer")
