@@ -108,8 +108,9 @@ def published_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     renamed = {
         re.sub(r"_(conv|linear|bn)(\d*)\.", lambda m: f"{m[2]}.{index[m[1]]}.", k): v
         for k, v in state.items()
-        if not re.search(r"\.norm[12]\.|talking_heads\.|^cls_token$", k)
+        if not re.search(r"\.norm[12]\.", k)
     }
     return {
-        k: v[(...,) + (None,) * (4 - v.dim())] if v.dim() in (2, 3) and ".0." in k else v for k, v in renamed.items()
+        k: v[(...,) + (None,) * (4 - v.dim())] if v.dim() in (2, 3) and k.endswith(".0.weight") else v
+        for k, v in renamed.items()
     }

@@ -13,9 +13,11 @@ from spikecore.models import (
     SMA,
     SMAVGG,
     QKFormer,
+    SDTCaption,
     SEWResNet,
     Spikingformer,
     qkformer,
+    sdt,
     sew_resnet,
     sma,
     spikformer,
@@ -317,3 +319,28 @@ def qkformer_model(case: Case, _: None) -> Report:
         for block in model.stage3:
             block.attn = Discarding(config["embed_dims"])
     return check(case, model, qkformer.checkpoint_filter, neurons=transformer_neurons(case))
+
+
+# ---- spike-driven transformer ----------------------------------------------------------------------------------------
+
+CAPTION = (
+    "WenhuiHua-com/Dual-Efficient-Spiking-Neural-Network-Vision-Encoder-for-Partitioned-VLM-Edge-Cloud-Co-Inference"
+)
+
+
+@runner(CAPTION, "model/spikeformer.py", "SpikeDrivenTransformer")
+def caption_encoder(case: Case, _: None) -> Report:
+    config = case.config
+    model = SDTCaption(
+        config["embed_dims"], config["num_heads"], config["depths"], mlp_ratio=config["mlp_ratios"], T=config["T"],
+        pools=[c == "1" for c in config.get("pooling_stat", "1111")], in_chans=config["in_channels"],
+        num_classes=config["num_classes"],
+    )  # fmt: skip
+    names = {n: n.replace(".talking_heads_lif", ".attn_lif") for n in case.data["neurons"]}
+    return check(case, model, sdt.checkpoint_filter, neurons=names)
+
+
+@runner(CAPTION, "module/ms_conv.py", "MS_MLP_Conv")
+def caption_mlp(case: Case, _: None) -> Report:
+    hidden, channels, *_ = case.data["state"][0]["shape"]
+    return check(case, sdt.MLP(channels, hidden), sdt.checkpoint_filter)

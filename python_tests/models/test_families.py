@@ -18,6 +18,7 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "sew_dvs_7b": ({"img_size": 128}, (2, 2, 2, 128, 128)),
     "sma_vgg8_test": ({}, (2, 8, 2, 32, 32)),
     "qkformer_test": ({}, (2, 3, 32, 40)),
+    "sdt_test": ({}, (2, 3, 32, 48)),
     "spikformer_test": ({}, (2, 3, 32, 48)),
     "spikingformer_test": ({}, (2, 3, 48, 32)),
     "spikingformer_dvs_2_256": ({"embed_dim": 32, "heads": 2}, (2, 3, 2, 32, 32)),
@@ -68,8 +69,9 @@ def test_every_parameter_learns(name: str) -> None:
         if isinstance(m, nn.Dropout):
             m.eval()
     model(x).square().sum().backward()
-    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
-    assert [n for n, p in model.named_parameters() if n.endswith("weight") and p.dim() > 1 and not p.grad.any()] == []
+    learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    assert [n for n, p in learning if p.grad is None or not p.grad.isfinite().all()] == []
+    assert [n for n, p in learning if n.endswith("weight") and p.dim() > 1 and not p.grad.any()] == []
 
 
 @FAMILIES
@@ -190,6 +192,15 @@ SIZES = [
     *[(f"spikformer_{name}", {}, parameters, None, (4, 3, 224, 224))  # published: 16.81, 29.68, 66.34, 9.32 M
       for name, parameters in (("8_384", 16_816_024), ("8_512", 29_689_384), ("8_768", 66_338_632),
                                ("4_384", 9_320_122))],
+    *[(f"sdt_{name}", {}, parameters, None, (4, 3, 224, 224))
+      for name, parameters in (("8_384", 16_816_536), ("6_512", 23_373_736), ("8_512", 29_689_896),
+                               ("8_768", 66_339_144))],
+    ("sdt_caption_6_512", {}, 25_426_248, 30_109_417_472, (4, 3, 224, 224)),
+    *[("sdt_caption_6_512", {"embed_dim": width, "depth": depth, "num_classes": 1000}, parameters, count,
+       (4, 3, 224, 224))
+      for depth, width, parameters, count in (
+          (8, 384, 16_816_920, 18_943_979_520), (6, 512, 23_374_248, 28_495_593_472),
+          (8, 512, 29_690_408, 33_428_094_976), (8, 768, 66_339_912, 74_650_509_312))],
     ("sma_vgg8", {}, 22_452_531, 197_788_418_688, (16, 2, 128, 128)),
     ("sma_vgg8", {"T": 10, "num_classes": 10, "channel_drop": 4}, 22_451_014, 123_617_751_240, (10, 2, 128, 128)),
     ("sma_vgg8", {"T": 14, "num_classes": 101, "channel_drop": 24}, 22_544_543, 455_686_175_140, (14, 2, 180, 240)),
@@ -236,6 +247,7 @@ def test_bad_input(name: str, shape: tuple[int, ...], line: str) -> None:
             {"depth": 0},
             "Spikformer: embed_dim must be a multiple of 8 and depth at least 1, got 64 and 0",
         ),
+        ("sdt_test", {"embed_dim": 60}, "SDT: embed_dim must be a multiple of 8 and depth at least 1, got 60 and 2"),
         ("qkformer_test", {"heads": 5}, "TokenAttention: 16 channels cannot be split into 5 heads"),
     ],
 )
@@ -298,13 +310,34 @@ def test_keys_of_the_published_spikingformer(tmp_path) -> None:
     assert torch.equal(create_model("spikingformer_test", checkpoint=tmp_path / "m.pth").eval()(x), model(x))
 
 
+def numbered_last(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """proj1_conv to proj_conv1 in the tokenizer, as some have it."""
+    return {re.sub(r"^(patch_embed\.proj)(\d)_(conv|bn)", r"\1_\3\2", k): v for k, v in state.items()}
+
+
+def test_caption_encoder(tmp_path) -> None:
+    torch.manual_seed(0)
+    model, x = create_model("sdt_caption_test"), torch.rand(2, 3, 32, 48) * 2
+    with torch.no_grad():
+        warm_up(model, x)
+    model.eval()
+    assert model(x).shape == (2, 1 + 6, 12)
+    assert torch.equal(model.codes(x), model(x).argmax(2))
+    features = model.forward_features(x)
+    assert torch.equal(model.tokens(features)[:, :, 0], features.mean((3, 4)))
+    assert torch.equal(model.tokens(features)[:, :, 5], features[..., 1, 1])
+    assert model.forward_head(features, pre_logits=True).shape == (2, 7, 64)
+    assert model(torch.rand(1, 1, 3, 1, 1).expand(1, 2, 3, 1, 1)).shape == (1, 2, 12)
+    state = numbered_last(published(model.state_dict()))
+    assert {"cls_token", "patch_embed.proj_bn3.weight", "block.0.attn.talking_heads.weight"} < set(state)
+    torch.save({"state_dict": state}, tmp_path / "m.pth")
+    assert torch.equal(create_model("sdt_caption_test", checkpoint=tmp_path / "m.pth").eval()(x), model(x))
+
+
 def test_keys_of_the_published_spikformer(tmp_path) -> None:
     """One of its files has linear layers, and biases in q, k and v, which the norm behind them takes."""
     model, x = build("spikformer_test")
-    state = {
-        re.sub(r"proj(\d)_(conv|bn)", r"proj_\2\1", k) if "patch" in k else k: v
-        for k, v in published(model.state_dict()).items()
-    }
+    state = numbered_last(published(model.state_dict()))
     state = {k.replace("_conv", "_linear") if "block" in k else k: v for k, v in state.items()}
     state = {k: v.flatten(1) if "_linear.weight" in k else v for k, v in state.items()}
     for k in [k for k in state if re.search(r"\.[qkv]_bn\.running_mean", k)]:
