@@ -9,6 +9,7 @@ from golden.harness import Case, Report, fill, probe, runner, uniform
 from torch import Tensor, nn
 
 from spikecore.models import (
+    ECSNN,
     SEWDVS,
     SMA,
     SMAVGG,
@@ -16,6 +17,7 @@ from spikecore.models import (
     SDTCaption,
     SEWResNet,
     Spikingformer,
+    ecsnn,
     qkformer,
     sdt,
     sew_resnet,
@@ -344,3 +346,30 @@ def caption_encoder(case: Case, _: None) -> Report:
 def caption_mlp(case: Case, _: None) -> Report:
     hidden, channels, *_ = case.data["state"][0]["shape"]
     return check(case, sdt.MLP(channels, hidden), sdt.checkpoint_filter)
+
+
+# ---- EC-SNN ----------------------------------------------------------------------------------------------------------
+
+
+def same(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return state
+
+
+@runner("AmazingDD/EC-SNN", "model.py", "VGG")
+def ecsnn_vgg(case: Case, _: None) -> Report:
+    config = case.config
+    layers, hidden = ecsnn.ARCHITECTURES[config["arch"]]
+    model = ECSNN(
+        layers, hidden, img_size=(config["img_height"], config["img_width"]), spiking=config["act"] == "snn",
+        T=config["T"], in_chans=config["input_dim"], num_classes=config["num_cls"],
+    )  # fmt: skip
+    return check(case, model, same)
+
+
+@runner("AmazingDD/EC-SNN", "model.py", "Fusion")
+def ecsnn_fusion(case: Case, _: None) -> Report:
+    config = case.config
+    model = ecsnn.Fusion(
+        config["in_dim"], config["pmodel_num"], num_classes=config["num_cls"], bias=config["act"] == "ann"
+    )
+    return check(case, model, same)

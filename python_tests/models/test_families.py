@@ -18,6 +18,8 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "sew_dvs_7b": ({"img_size": 128}, (2, 2, 2, 128, 128)),
     "sma_vgg8_test": ({}, (2, 8, 2, 32, 32)),
     "qkformer_test": ({}, (2, 3, 32, 40)),
+    "ecsnn_vgg_test": ({"img_size": 16, "T": 16}, (2, 1, 16, 16)),
+    "ecsnn_vgg5_ann": ({"img_size": (8, 12)}, (2, 3, 8, 12)),
     "sdt_test": ({}, (2, 3, 32, 48)),
     "spikformer_test": ({}, (2, 3, 32, 48)),
     "spikingformer_test": ({}, (2, 3, 48, 32)),
@@ -100,6 +102,7 @@ def test_intermediates(name: str) -> None:
 @FAMILIES
 def test_samples_do_not_see_one_another(name: str) -> None:
     model, x = build(name)
+    model, x = model.double(), x.double()
     torch.testing.assert_close(model(x)[:1], model(x[:1]))
 
 
@@ -162,7 +165,27 @@ def macs(model: nn.Module, shape: tuple[int, ...], tokens_first: bool) -> int:
     return counter.get_total_flops() // 2
 
 
-# name, settings, parameters, MACs at an input (None: not published).
+# Name, settings, parameters, MACs at an input (None: not published).
+ECSNN = [  # of one step; the ReLU twin's biases beside them
+    ("vgg9", (1, 28, 28), 4_105_024, None, 147_328_000),
+    ("vgg5", (3, 32, 32), 8_622_400, 1_354, 66_791_424),
+    ("vgg9", (3, 32, 32), 5_941_184, 2_186, 194_717_696),
+    ("vgg16", (3, 32, 32), 33_634_240, 12_426, 332_111_872),
+    ("vgg19", (3, 32, 32), 38_945_216, 13_706, 417_046_528),
+    ("cifarnet", (3, 32, 32), 9_326_208, 2_122, 1_674_389_376),
+    ("vgg5", (2, 128, 128), 134_450_944, 1_354, 1_059_072_000),
+    ("vgg9", (2, 128, 128), 68_855_168, 2_186, 3_105_892_352),
+    ("vgg16", (2, 128, 128), 65_090_944, 12_426, 5_052_080_128),
+    ("vgg19", (2, 128, 128), 70_401_920, 13_706, 6_411_034_624),
+    ("cifarnet", (2, 128, 128), 103_695_744, 2_122, 26_751_346_560),
+    ("vgg9", (3, 224, 224), 207_267_776, None, 9_540_675_584),
+    ("vgg9", (1, 96, 323), 127_574_848, None, 5_827_244_032),
+    ("vgg5", (1, 40, 173), 56_593_600, 1_354, 440_793_600),
+    ("vgg9", (1, 40, 173), 29_270_848, 2_186, 1_301_117_440),
+    ("vgg16", (1, 40, 173), 42_021_696, 12_426, 2_061_758_976),
+    ("vgg19", (1, 40, 173), 47_332_672, 13_706, 2_610_295_296),
+    ("cifarnet", (1, 40, 173), 45_300_864, 2_122, 11_264_946_048),
+]
 SIZES = [
     *[(f"{kind}_resnet{depth}", {}, parameters, count, (3, 224, 224))
       for kind in ("sew", "spiking")
@@ -201,6 +224,10 @@ SIZES = [
       for depth, width, parameters, count in (
           (8, 384, 16_816_920, 18_943_979_520), (6, 512, 23_374_248, 28_495_593_472),
           (8, 512, 29_690_408, 33_428_094_976), (8, 768, 66_339_912, 74_650_509_312))],
+    *[(f"ecsnn_{arch}{kind}", {"in_chans": c, "img_size": (h, w), "T": 1}, parameters + (biases if kind else 0), count,
+       (1, c, h, w))
+      for arch, (c, h, w), parameters, biases, count in ECSNN
+      for kind in ("", "_ann") if kind == "" or biases],
     ("sma_vgg8", {}, 22_452_531, 197_788_418_688, (16, 2, 128, 128)),
     ("sma_vgg8", {"T": 10, "num_classes": 10, "channel_drop": 4}, 22_451_014, 123_617_751_240, (10, 2, 128, 128)),
     ("sma_vgg8", {"T": 14, "num_classes": 101, "channel_drop": 24}, 22_544_543, 455_686_175_140, (14, 2, 180, 240)),
@@ -226,6 +253,8 @@ def test_published_sizes(name: str, settings: dict, parameters: int, count: int 
         ("sew_resnet_test", (2, 5, 3, 32, 32), "SEWResNet: x must have T = 3 frames, got 5 in [2, 5, 3, 32, 32]"),
         ("sew_dvs_7b", (2, 2, 9, 9), "SEWDVS: an image needs T, the number of times it is shown; got [2, 2, 9, 9]"),
         ("sew_dvs_7b", (1, 2, 2, 256, 256), "SEWDVS: the head was built for 32 features, the frames give 128"),
+        ("ecsnn_vgg_test", (2, 1, 18, 22),
+         "ECSNN: the linear layers were built for maps [64, 4, 4], the input gives [64, 4, 5]"),
         ("qkformer_test", (2, 1, 9, 9), "QKFormer: x must be [B, 3, H, W] or [B, 2, 3, H, W], got [2, 1, 9, 9]"),
         ("sma_vgg8_test", (2, 8, 2, 16, 16), "SMAVGG: frames must be at least 32 x 32 (five pools), got [16, 16]"),
         ("sma_vgg8_test", (2, 6, 2, 32, 32), "SMAVGG: x must have T = 8 frames, got 6 in [2, 6, 2, 32, 32]"),
