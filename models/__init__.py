@@ -6,12 +6,15 @@ if __name__ != "spikecore.models":
 
 from spikecore.models._checkpoint import load_checkpoint
 from spikecore.models._registry import create_model, list_models, register_model
-from spikecore.models.ecsnn import ECSNN
+from spikecore.models.ecsnn import ECSNN, Fusion
 from spikecore.models.ms_resnet import MSResNet
+from spikecore.models.qkformer import QKFormer
+from spikecore.models.sdt import SDT, SDTCaption
 from spikecore.models.sew_resnet import SEWDVS, SEWResNet
 from spikecore.models.sma import SMA, SMAVGG
+from spikecore.models.spikformer import Spikformer, Spikingformer
 
 __all__ = [
-    "ECSNN", "SEWDVS", "MSResNet", "SMA", "SMAVGG", "SEWResNet", "create_model", "list_models", "load_checkpoint",
-    "register_model",
+    "ECSNN", "Fusion", "MSResNet", "QKFormer", "SDT", "SDTCaption", "SEWDVS", "SMA", "SMAVGG", "SEWResNet",
+    "Spikformer", "Spikingformer", "create_model", "list_models", "load_checkpoint", "register_model",
 ]  # fmt: skip

@@ -1,32 +1,32 @@
 """What the models share: their input, their head as timm's users know it, layers that do not see time."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BatchNorm2d", "Conv2d", "Folded", "SpikingModel", "truncated_normal"]
+__all__ = ["Folded", "SpikingModel", "over_time", "truncated_normal"]
+
+
+def over_time(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A layer that knows no time, on ``[T, B, ...]``: it sees ``[T*B, ...]``, so batch statistics run over T too.
+
+    A repeated image, or what was computed from one, is computed once, and the result repeated. Batch statistics are the
+    same but for the update of running_var, which is larger by (n - 1/T) / (n - 1), n = B*H*W: less than 1e-3 from
+    n = 1000 on.
+    """
+    if len(x) > 1 and x.stride(0) == 0:
+        y = layer(x[0])
+        return y.expand(len(x), *y.shape)
+    return layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 class Folded(nn.Sequential):
-    """Layers that know no time, over ``[T, B, ...]``: they see ``[T*B, ...]``, so batch statistics run over T too."""
+    """Layers that know no time, over ``[T, B, ...]`` (see `over_time`)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
-class _OverTime(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
-
-class Conv2d(_OverTime, nn.Conv2d):
-    """Over ``[T, B, C, H, W]``."""
-
-
-class BatchNorm2d(_OverTime, nn.BatchNorm2d):
-    """Over ``[T, B, C, H, W]``, one mean and variance for all steps."""
+        return over_time(super().forward, x)
 
 
 class SpikingModel(nn.Module):

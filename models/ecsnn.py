@@ -1,126 +1,159 @@
-"""EC-SNN's spiking VGG and CifarNet.
+"""EC-SNN's spiking VGGs and CifarNet, their ReLU twins, and the net that fuses the parts of a split one.
 
 Paper: "EC-SNN: Splitting Deep Spiking Neural Networks for Edge Devices", IJCAI 2024.
 Origin: github.com/AmazingDD/EC-SNN, model.py (Apache-2.0); written anew, with its state-dict keys.
 
-Deviation: the published code walks through the whole network one time step after the other; here each layer sees all
-steps at once. Evaluation gives the same numbers; in training, batch norm takes one mean and variance over all T steps
-where the published code takes one per step (and updates its running statistics T times).
+The published code walks through the whole network one time step after the other, so that in training batch norm takes
+one mean and variance per step, and updates its running statistics T times; so it is here too, unless
+``step_norm=False``: then all steps share them, as in the other families. All else sees all steps at once.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
+from spikecore.models._base import Folded, SpikingModel, over_time
 from spikecore.models._registry import register_model
 from spikecore.neurons import LIF, Neuron
 from spikecore.surrogate import ATan
 
-__all__ = ["ECSNN"]
+__all__ = ["ECSNN", "Fusion"]
 
 
-class ECSNN(nn.Module):
+class ECSNN(SpikingModel):
     """Spiking VGG: Conv-BN-LIF blocks and average pools, then linear layers with nothing between, averaged over time.
 
-    An image is shown unchanged at every step (direct coding), so the first block's convolution is the encoder.
-
     Args:
-        layers: the convolutions' widths in order, "P" for a 2x2 average pool, as in ``"64 P 128 128 P"``.
+        layers: the convolutions' widths in order, "P" for a 2x2 pool, as in ``"64 P 128 128 P"``.
         hidden: widths of the linear layers before the last.
-        in_channels, img_size: channels and height = width (or ``(height, width)``) of the input.
-        num_classes: K, width of the output.
-        T: time steps an image is shown; event frames bring their own number.
+        img_size: height = width (or ``(height, width)``) of the input.
+        spiking: False: the twin, with ReLU, biases and max pools.
         tau: membrane time constant of every neuron, in steps.
         dropout: probability, before each linear layer.
-
-    Shapes: image ``[B, C, H, W]`` or event frames ``[B, T, C, H, W]`` -> ``[B, K]``.
+        step_norm: in training, batch norm takes every step's own statistics (see above).
+        T, in_chans, num_classes, and shapes: see `SpikingModel`.
 
     Raises:
-        ValueError: an unreadable `layers`, an image that the pools leave nothing of, an input of other dimensions.
+        ValueError: an unreadable `layers`, an image that the pools leave nothing of, an input of another shape.
     """
 
     def __init__(
-        self,
-        layers: str,
-        hidden: tuple[int, ...],
-        *,
-        in_channels: int = 3,
-        img_size: int | tuple[int, int] = 32,
+        self, layers: str, hidden: tuple[int, ...], *, img_size: int | tuple[int, int] = 32, spiking: bool = True,
+        tau: float = 4 / 3, dropout: float = 0.5, step_norm: bool = True, T: int | None = 5, in_chans: int = 3,
         num_classes: int = 10,
-        T: int = 5,
-        tau: float = 4 / 3,
-        dropout: float = 0.5,
-    ) -> None:
-        super().__init__()
-        self.T = T
+    ) -> None:  # fmt: skip
+        super().__init__(T, in_chans, num_classes)
+        self.step_norm = step_norm
         self.conv_fc = nn.Sequential()  # one flat sequence: the published keys are conv_fc.{index}
-        channels = in_channels
+        channels, pools = in_chans, []
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         for layer in layers.split():
             if layer == "P":
-                self.conv_fc.append(nn.AvgPool2d(2))
+                self.conv_fc.append(Folded(nn.AvgPool2d(2) if spiking else nn.MaxPool2d(2)))
+                pools.append(f"conv_fc.{len(self.conv_fc) - 1}")
                 height, width = height // 2, width // 2
             elif layer.isdecimal():
-                self.conv_fc.append(nn.Conv2d(channels, int(layer), 3, padding=1, bias=False))
+                self.conv_fc.append(nn.Conv2d(channels, int(layer), 3, padding=1, bias=not spiking))
                 self.conv_fc.append(nn.BatchNorm2d(int(layer)))
-                self.conv_fc.append(LIF(tau, v_reset=None, surrogate=ATan(2.0)))
+                self.conv_fc.append(LIF(tau, v_reset=None, surrogate=ATan(2.0)) if spiking else nn.ReLU())
                 channels = int(layer)
             else:
                 raise ValueError(f"ECSNN: layers must be numbers and P, as in '64 P 128 128 P', got {layer!r}")
         if not layers or layers.split()[0] == "P":
             raise ValueError(f"ECSNN: layers must begin with a convolution's width, got {layers!r}")
         if not height or not width:
-            raise ValueError(f"ECSNN: img_size {img_size} is too small for the {layers.split().count('P')} pools")
+            raise ValueError(f"ECSNN: img_size {img_size} is too small for the {len(pools)} pools")
+        self.stages, self.convolutions = tuple(pools), len(self.conv_fc)
+        self.features = channels, height, width
         features = channels * height * width
         self.conv_fc.append(nn.Flatten())
         for out_features in (*hidden, num_classes):
             self.conv_fc.append(nn.Dropout(dropout))
-            self.conv_fc.append(nn.Linear(features, out_features, bias=False))
-            features = out_features
+            self.conv_fc.append(nn.Linear(features, out_features, bias=not spiking) if out_features else nn.Identity())
+            self.num_features, features = features, out_features
+        self.classifier = f"conv_fc.{len(self.conv_fc) - 1}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.steps(x).mean(0)
+    def walk(self, layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+        for layer in layers:
+            if isinstance(layer, Neuron | Folded):
+                x = layer(x)
+            elif isinstance(layer, nn.BatchNorm2d) and self.step_norm and self.training:
+                x = torch.stack([layer(step) for step in x])
+            else:
+                x = over_time(layer, x)
+        return x
+
+    def sequence_features(self, x: Tensor) -> Tensor:
+        return self.walk([*self.conv_fc][: self.convolutions], x)
 
     def steps(self, x: Tensor) -> Tensor:
-        """Output of every time step, ``[T, B, K]``: what losses over single steps take."""
-        if x.dim() not in (4, 5):
-            raise ValueError(f"ECSNN: x must be [B, C, H, W] or [B, T, C, H, W], got {list(x.shape)}")
-        conv, norm, lif, *rest = self.conv_fc
-        if x.dim() == 4:
-            # The current of a repeated image is the same at each step: computed once, and read T times by the neuron.
-            # The batch statistics are those of the T copies; only running_var differs, by (n - 1/T) / (n - 1) with
-            # n = B*H*W: less than 1e-3 from n = 1000 on.
-            current = norm(conv(x)).expand(self.T, -1, -1, -1, -1)
-        else:
-            frames = x.transpose(0, 1)
-            current = norm(conv(frames.flatten(0, 1))).unflatten(0, frames.shape[:2])
-        T, B = current.shape[:2]
-        x = lif(current).flatten(0, 1)
-        for layer in rest:
-            x = layer(x.unflatten(0, (T, B))).flatten(0, 1) if isinstance(layer, Neuron) else layer(x)
-        return x.unflatten(0, (T, B))
+        """Output of every time step, ``[T, B, num_classes]``: what losses over single steps take."""
+        return self._head(self.forward_features(x), len(self.conv_fc))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self._head(x, len(self.conv_fc) - pre_logits).mean(0)
+
+    def _head(self, x: Tensor, end: int) -> Tensor:
+        if tuple(x.shape[2:]) != self.features:
+            raise ValueError(
+                f"ECSNN: the linear layers were built for maps {list(self.features)}, the input gives "
+                f"{list(x.shape[2:])}"
+            )
+        return self.walk([*self.conv_fc][self.convolutions : end], x)
 
 
-@register_model
-def ecsnn_vgg5(**kwargs) -> ECSNN:
-    return ECSNN("64 P 128 128 P", (1024,), **kwargs)
+class Fusion(nn.Module):
+    """Classes from what the sub-networks of a split network see, with nothing between its linear layers.
+
+    Args:
+        features: F, of all sub-networks together: their maps, flattened and concatenated.
+        parts: how many sub-networks.
+        num_classes: K, of the whole network.
+        bias: in every layer, as for the ReLU twins.
+        dropout: behind each of the first two layers.
+
+    Shapes: ``[..., F] -> [..., K]``.
+    """
+
+    def __init__(
+        self, features: int, parts: int, *, num_classes: int = 10, bias: bool = False, dropout: float = 0.5
+    ) -> None:
+        super().__init__()
+        if min(features, parts, num_classes) < 1:
+            raise ValueError(
+                f"Fusion: features, parts and num_classes must be at least 1, got {features}, {parts}, {num_classes}"
+            )
+        wide, narrow, joined = 384 * parts, 192 * parts, num_classes * parts
+        self.mlp = nn.Sequential(
+            nn.Linear(features, wide, bias), nn.Dropout(dropout),
+            nn.Linear(wide, narrow, bias), nn.Dropout(dropout),
+            nn.Linear(narrow, joined, bias), nn.Linear(joined, num_classes, bias),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
 
 
-@register_model
-def ecsnn_vgg9(**kwargs) -> ECSNN:
-    return ECSNN("64 64 P 128 128 P 256 256 256 P", (1024,), **kwargs)
+ARCHITECTURES = {
+    "vgg5": ("64 P 128 128 P", (1024,)),
+    "vgg9": ("64 64 P 128 128 P 256 256 256 P", (1024,)),
+    "vgg16": ("64 64 P 128 128 P 256 256 256 P 512 512 512 P 512 512 512 P", (4096, 4096)),
+    "vgg19": ("64 64 P 128 128 P 256 256 256 256 P 512 512 512 512 P 512 512 512 512 P", (4096, 4096)),
+    "cifarnet": ("256 256 256 P 256 256 256 P", (384, 192)),
+}
 
 
-@register_model
-def ecsnn_vgg16(**kwargs) -> ECSNN:
-    layers = "64 64 P 128 128 P 256 256 256 P 512 512 512 P 512 512 512 P"
-    return ECSNN(layers, (4096, 4096), **kwargs)
+def _variant(name: str, **settings: Any) -> None:
+    def build(**kwargs: Any) -> ECSNN:
+        return ECSNN(**{**settings, **kwargs})
+
+    register_model(build, name=name)
 
 
-@register_model
-def ecsnn_cifarnet(**kwargs) -> ECSNN:
-    return ECSNN("256 256 256 P 256 256 256 P", (384, 192), **kwargs)
-
-
-@register_model
-def ecsnn_vgg_test(**kwargs) -> ECSNN:
-    """Not of the paper: 99,232 parameters on 8x8 gray images, for tests and `spikecore quickstart`."""
-    return ECSNN("32 32 P 64 64 P", (128,), **{"in_channels": 1, "img_size": 8, "T": 4, **kwargs})
+for _name, (_layers, _hidden) in ARCHITECTURES.items():
+    _variant(f"ecsnn_{_name}", layers=_layers, hidden=_hidden)
+    _variant(f"ecsnn_{_name}_ann", layers=_layers, hidden=_hidden, spiking=False, T=1)
+# Not of the paper: 99,232 parameters on 8x8 gray images, for tests and `spikecore quickstart`.
+_variant("ecsnn_vgg_test", layers="32 32 P 64 64 P", hidden=(128,), in_chans=1, img_size=8, T=4, step_norm=False)

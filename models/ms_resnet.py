@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikecore.models._base import BatchNorm2d, Conv2d, Folded, SpikingModel
+from spikecore.models._base import Folded, SpikingModel, over_time
 from spikecore.models._registry import register_model
 from spikecore.models.sma import SMA
 from spikecore.models.sma import checkpoint_filter as sma_filter
@@ -40,6 +40,13 @@ def started(norm: nn.BatchNorm2d, weight: float) -> nn.BatchNorm2d:
     return norm
 
 
+class Branch(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x) if isinstance(layer, (MemUpdate, SMA)) else over_time(layer, x)
+        return x
+
+
 class Block(nn.Module):
     """Neurons before convolutions; the residual branch starts as zero, as its last batch norm has weight 0."""
 
@@ -47,10 +54,11 @@ class Block(nn.Module):
         self, in_channels: int, channels: int, stride: int, pooled_shortcut: bool, sma: dict[str, Any] | None
     ) -> None:
         super().__init__()
-        self.residual_function = nn.Sequential(
-            MemUpdate(), Conv2d(in_channels, channels, 3, stride, padding=1, bias=False),
-            started(BatchNorm2d(channels), 0.5),
-            MemUpdate(), Conv2d(channels, channels, 3, padding=1, bias=False), started(BatchNorm2d(channels), 0.0),
+        self.residual_function = Branch(
+            MemUpdate(), nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False),
+            started(nn.BatchNorm2d(channels), 0.5),
+            MemUpdate(), nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            started(nn.BatchNorm2d(channels), 0.0),
         )  # fmt: skip
         if sma is not None:
             self.residual_function.insert(2, SMA(channels, spiking=False, **sma))

@@ -9,8 +9,28 @@ import torch
 from golden.harness import Case, Report, fill, probe, runner, uniform
 from torch import Tensor, nn
 
-from spikecore.models import SEWDVS, SMA, SMAVGG, MSResNet, SEWResNet, ms_resnet, sew_resnet, sma
-from spikecore.neurons import Neuron
+from spikecore.models import (
+    ECSNN,
+    SEWDVS,
+    SMA,
+    SMAVGG,
+    MSResNet,
+    QKFormer,
+    SDTCaption,
+    SEWResNet,
+    Spikingformer,
+    ecsnn,
+    ms_resnet,
+    qkformer,
+    sdt,
+    sew_resnet,
+    sma,
+    spikformer,
+)
+from spikecore.models._transformer import MLP, Attention, SelfAttention, conv_bn, neuron
+from spikecore.neurons import LIF, Neuron
+from spikecore.ops import LIFParams, lif
+from spikecore.surrogate import Sigmoid
 
 Filter = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 
@@ -29,6 +49,43 @@ def state_of(case: Case) -> dict[str, Tensor]:
     return state
 
 
+def spikes(x: Tensor, p: LIFParams) -> Tensor:
+    return lif(
+        x, p.decay, p.gain, v_threshold=p.v_threshold, v_reset=p.v_reset, strict=p.strict, surrogate=p.surrogate
+    )[0]
+
+
+class Inside:
+    """The neurons that a fused attention holds: from the currents it reads, by `lif`, one after the other; what comes
+    out must be what the attention gave to its last projection, spike by spike."""
+
+    def __init__(self, name: str, module: Attention, into: dict[str, int], report: Report, hooks: ExitStack) -> None:
+        self.name, self.module, self.into, self.report = name, module, into, report
+        self.currents: dict[str, Tensor] = {}
+        for operand in module.operands:
+
+            def keep(_: nn.Module, args: Any, out: Tensor, operand: str = operand) -> None:
+                self.currents[operand] = out.detach()
+
+            hooks.callback(getattr(module, operand).register_forward_hook(keep).remove)
+        hooks.callback(module.proj.register_forward_pre_hook(self.count).remove)
+
+    def count(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        m = self.module
+        s = {n: spikes(x.flatten(3).unflatten(2, (m.heads, -1)), m.qkv_lif) for n, x in self.currents.items()}
+        if isinstance(m, SelfAttention):
+            a = out = spikes(0.125 * (s["v"] @ (s["k"].transpose(3, 4) @ s["q"])), m.attn_lif)
+        elif m.operands == "qk":
+            a = spikes(s["q"].sum(3, keepdim=True), m.attn_lif)
+            out = a * s["k"]
+        else:
+            a = spikes((s["k"] * s["v"]).sum(4, keepdim=True), m.attn_lif)
+            out = a * s["q"]
+        self.report.spikes(args[0], out.reshape(args[0].shape))
+        for name, t in {**s, "attn": a}.items():
+            self.into[f"{self.name}.{name}_lif"] = int(t.sum())
+
+
 def check(
     case: Case, model: nn.Module, rename: Filter, call: Callable[[nn.Module, Tensor], Tensor] | None = None,
     neurons: dict[str, str] | None = None,
@@ -36,7 +93,7 @@ def check(
     """Evaluation, then a training step without dropout, as the cases were made."""
     report, call = Report(), call or (lambda model, x: model(x))
     state = state_of(case)
-    own = {name: next(iter(rename({name: t}, model))) for name, t in state.items()}  # published name -> ours
+    own = {name: next(iter(rename({name: t}, model)), None) for name, t in state.items()}  # published name -> ours
     near = case.data.get("min_margin", 1.0) < 2e-6
 
     for mode in ("eval", "train"):
@@ -50,21 +107,23 @@ def check(
                 if isinstance(m, SMA):
                     m.training = True
         x = case.input("x").requires_grad_(mode == "train")
-        spikes: dict[str, int] = {}
+        fired: dict[str, int] = {}
         with ExitStack() as hooks:
             for name, m in model.named_modules():
-                if isinstance(m, Neuron):
+                if isinstance(m, Attention):
+                    Inside(name, m, fired, report, hooks)
+                elif isinstance(m, Neuron):
 
-                    def count(module: nn.Module, args: Any, out: Tensor, name: str = name, into: dict = spikes) -> None:
+                    def count(module: nn.Module, args: Any, out: Tensor, name: str = name, into: dict = fired) -> None:
                         into[name] = into.get(name, 0) + int(out.sum())
 
                     hooks.callback(m.register_forward_hook(count).remove)
             with torch.set_grad_enabled(mode == "train"):
                 out = call(model, x)
         ours = {name: (neurons or {}).get(name, name) for name in case.data["neurons"]}
-        assert set(spikes) == set(ours.values()), (sorted(spikes), sorted(ours.values()))
+        assert set(fired) == set(ours.values()), (sorted(fired), sorted(ours.values()))
         for name, facts in case.data["neurons"].items():
-            report.counts(name, spikes[ours[name]], facts[mode]["spikes"], facts[mode]["within_1e-5"] if near else 0)
+            report.counts(name, fired[ours[name]], facts[mode]["spikes"], facts[mode]["within_1e-5"] if near else 0)
         report.output(f"{mode} output", out, case.tensors[f"{mode}.out"])
     results = case.data["results"]["train"]
     weight = torch.from_numpy(2 * uniform(case.data["case_seed"], "loss_weight", list(out.shape)) - 1).float()
@@ -72,7 +131,7 @@ def check(
     report.output("loss", loss, torch.tensor(results["loss"]))
     loss.backward()
     gradients = {
-        f"grad:{name}": model.get_parameter(own[name]).grad
+        f"grad:{name}": model.get_parameter(own[name]).grad if own[name] else None
         for name in results["grads"]
         if not name.startswith("input:")
     }
@@ -180,6 +239,145 @@ def sma_vgg(case: Case, _: None) -> Report:
     return check(case, model, sma.checkpoint_filter, steps, moved)
 
 
+# ---- Spikingformer ---------------------------------------------------------------------------------------------------
+
+
+@runner(BKDSNN, "Spikingformer-CML/imagenet/model.py", "vit_snn")
+@runner(BKDSNN, "Spikingformer-CML/cifar10/model.py", "vit_snn")
+@runner(BKDSNN, "Spikingformer-CML/cifar10/model.py", "vit_snn.forward(return_inter=True)")
+@runner(BKDSNN, "Spikingformer-CML/cifar100/model.py", "vit_snn")
+@runner(BKDSNN, "Spikingformer-CML/cifar10-dvs/model.py", "vit_snn")
+def spikingformer_model(case: Case, _: None) -> Report:
+    config, kind = case.config, case.key[1].split("/")[1]
+    model = Spikingformer(
+        config["embed_dims"], config["num_heads"], config["depths"], mlp_ratio=config["mlp_ratios"], T=config.get("T"),
+        pools=spikformer.CIFAR if kind in ("cifar10", "cifar100") else spikformer.IMAGENET,
+        tau=1.75 if "dvs" in kind else 2.0, in_chans=config["in_channels"], num_classes=config["num_classes"],
+    )  # fmt: skip
+    names = {n: n.replace(".attn.proj_lif", ".attn.lif").replace(".mlp.mlp", ".mlp.fc") for n in case.data["neurons"]}
+    return check(case, model, spikformer.checkpoint_filter, neurons=names)
+
+
+@runner(BKDSNN, "Spikingformer-CML/imagenet/model.py", "MLP")
+def spikingformer_mlp(case: Case, _: None) -> Report:
+    hidden, channels, *_ = case.data["state"][0]["shape"]
+    names = {n: n.replace("mlp", "fc") for n in case.data["neurons"]}
+    return check(case, spikformer.MLPFirst(channels, hidden, 2.0), spikformer.checkpoint_filter, neurons=names)
+
+
+# ---- QKFormer --------------------------------------------------------------------------------------------------------
+
+QKFORMER = "zhouchenlin2096/QKFormer"
+
+
+def transformer_neurons(case: Case) -> dict[str, str]:
+    """Published names of neurons to ours: the last one of an attention is `lif`."""
+    names = {}
+    for name in case.data["neurons"]:
+        ours = name
+        for published, own in ((".tssa.", ".attn."), (".ssa.", ".attn."), (".mlp1_", ".fc1_"), (".mlp2_", ".fc2_"),
+                               (".attn.proj_lif", ".attn.lif")):  # fmt: skip
+            ours = ours.replace(published, own)
+        names[name] = ours
+    return names
+
+
+class Discarding(nn.Module):
+    """The self attention of a copy that does not use what it attends to: its neuron reads the block's input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in "qkv":
+            self.add_module(name, conv_bn(channels, channels))
+            self.add_module(f"{name}_lif", neuron())
+        self.proj = conv_bn(channels, channels, bias=True)
+        self.attn_lif, self.lif = LIF(v_threshold=0.5, surrogate=Sigmoid(4.0)), neuron()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in "qkv":
+            getattr(self, f"{name}_lif")(getattr(self, name)(x))
+        y = self.proj(self.attn_lif(x))
+        return self.lif(y.flatten(0, 1)).view_as(y)
+
+
+@runner(QKFORMER, "imagenet/qkformer.py", "MLP")
+def qkformer_mlp(case: Case, _: None) -> Report:
+    hidden, channels, *_ = case.data["state"][0]["shape"]
+    return check(case, MLP(channels, hidden), qkformer.checkpoint_filter)
+
+
+@runner("para133/SNN_Mamba", "QKFormer/model.py", "QKFormer")
+@runner(QKFORMER, "imagenet/qkformer.py", "hierarchical_spiking_transformer")
+@runner(QKFORMER, "cifar10/model.py", "spiking_transformer")
+@runner(QKFORMER, "cifar100/model.py", "spiking_transformer")
+@runner(QKFORMER, "cifar10-dvs/model.py", "vit_snn")
+@runner(QKFORMER, "dvs128-gesture/model.py", "vit_snn")
+def qkformer_model(case: Case, _: None) -> Report:
+    config, events = case.config, case.key[2] == "vit_snn"
+    stem = "dvs" if events else "cifar" if "cifar" in case.key[1] else "imagenet"
+    heads = config.get("num_heads_effective", [config["num_heads"]])[0]
+    model = QKFormer(
+        config["embed_dims"], heads, 2 if events else config["depths"], mlp_ratio=config["mlp_ratios"], stem=stem,
+        T=config.get("T"), in_chans=config["in_channels"], num_classes=config["num_classes"], published_quirks=True,
+    )  # fmt: skip
+    if case.key[0] != QKFORMER:
+        for block in model.stage3:
+            block.attn = Discarding(config["embed_dims"])
+    return check(case, model, qkformer.checkpoint_filter, neurons=transformer_neurons(case))
+
+
+# ---- spike-driven transformer ----------------------------------------------------------------------------------------
+
+CAPTION = (
+    "WenhuiHua-com/Dual-Efficient-Spiking-Neural-Network-Vision-Encoder-for-Partitioned-VLM-Edge-Cloud-Co-Inference"
+)
+
+
+@runner(CAPTION, "model/spikeformer.py", "SpikeDrivenTransformer")
+def caption_encoder(case: Case, _: None) -> Report:
+    config = case.config
+    model = SDTCaption(
+        config["embed_dims"], config["num_heads"], config["depths"], mlp_ratio=config["mlp_ratios"], T=config["T"],
+        pools=[c == "1" for c in config.get("pooling_stat", "1111")], in_chans=config["in_channels"],
+        num_classes=config["num_classes"],
+    )  # fmt: skip
+    names = {n: n.replace(".talking_heads_lif", ".attn_lif") for n in case.data["neurons"]}
+    return check(case, model, sdt.checkpoint_filter, neurons=names)
+
+
+@runner(CAPTION, "module/ms_conv.py", "MS_MLP_Conv")
+def caption_mlp(case: Case, _: None) -> Report:
+    hidden, channels, *_ = case.data["state"][0]["shape"]
+    return check(case, sdt.MLP(channels, hidden), sdt.checkpoint_filter)
+
+
+# ---- EC-SNN ----------------------------------------------------------------------------------------------------------
+
+
+def same(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return state
+
+
+@runner("AmazingDD/EC-SNN", "model.py", "VGG")
+def ecsnn_vgg(case: Case, _: None) -> Report:
+    config = case.config
+    layers, hidden = ecsnn.ARCHITECTURES[config["arch"]]
+    model = ECSNN(
+        layers, hidden, img_size=(config["img_height"], config["img_width"]), spiking=config["act"] == "snn",
+        T=config["T"], in_chans=config["input_dim"], num_classes=config["num_cls"],
+    )  # fmt: skip
+    return check(case, model, same)
+
+
+@runner("AmazingDD/EC-SNN", "model.py", "Fusion")
+def ecsnn_fusion(case: Case, _: None) -> Report:
+    config = case.config
+    model = ecsnn.Fusion(
+        config["in_dim"], config["pmodel_num"], num_classes=config["num_cls"], bias=config["act"] == "ann"
+    )
+    return check(case, model, same)
+
+
 # ---- MS-ResNet -------------------------------------------------------------------------------------------------------
 
 
@@ -189,13 +387,12 @@ def norm_as_published(norm: nn.BatchNorm2d, T: int, x: Tensor) -> Tensor:
     For one sample of 1 x 1 pixels, as the cases end in, torch's CPU kernel misreads this layout in backward: it sums
     g_y as though it were ``[C, T]``. The cases' gradients carry that error; so do ours if called this way, only then.
     """
-    folded = x.dim() == 4
-    y = (x.unflatten(0, (T, -1)) if folded else x).transpose(0, 2).contiguous().transpose(0, 1).contiguous()
+    steps = T if len(x) % T == 0 else 1  # a repeated image's first norm comes without T
+    y = x.unflatten(0, (steps, -1)).transpose(0, 2).contiguous().transpose(0, 1).contiguous()
     y = nn.functional.batch_norm(
         y, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum or 0.0, norm.eps
     )
-    y = y.contiguous().transpose(0, 1).contiguous().transpose(0, 2)
-    return y.flatten(0, 1) if folded else y
+    return y.contiguous().transpose(0, 1).contiguous().transpose(0, 2).flatten(0, 1)
 
 
 def membrane_resnets(run: Callable) -> Callable:
