@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,6 +14,7 @@ from spikecore.models._base import SpikingModel, VisionModel
 from spikecore.models._transformer import Attention
 from spikecore.models.svmamba import SpikeMamba
 from spikecore.models.vmamba import DropPath
+from spikecore.ops import lif_ref
 
 # name: (settings, input of a batch of 2)
 SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -175,6 +177,42 @@ def test_drop_path() -> None:
     assert torch.equal(drop.eval()(x), x)
     rates = [b.drop_path.p for layer in create_model("vmamba_test", drop_path=0.3).layers for b in layer.blocks]
     assert rates == pytest.approx([0.0, 0.3])
+
+
+def plain_spikformer(s: dict[str, Tensor], x: Tensor, T: int, heads: int) -> Tensor:
+    """The paper's equations, from a state dict of the published names, without spikecore's layers."""
+
+    def lif(x: Tensor, v_threshold: float = 1.0) -> Tensor:
+        return lif_ref(x, v_threshold=v_threshold)[0]
+
+    def layer(x: Tensor, conv: str, bn: str) -> Tensor:
+        weight = s[f"{conv}.weight"]
+        weight = weight if weight.dim() == 4 else weight[..., None]
+        y = F.conv2d(x.flatten(0, 1), weight, s.get(f"{conv}.bias"), padding=weight.shape[-1] // 2)
+        norm = (s[f"{bn}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(y, *norm).unflatten(0, x.shape[:2])
+
+    x = x.expand(T, *x.shape)
+    for i in ("", 1, 2, 3):
+        x = lif(layer(x, f"patch_embed.proj_conv{i}", f"patch_embed.proj_bn{i}"))
+        x = F.max_pool2d(x.flatten(0, 1), 3, 2, 1).unflatten(0, x.shape[:2])
+    x = x + lif(layer(x, "patch_embed.rpe_conv", "patch_embed.rpe_bn"))
+    for i in range(2):
+        p = f"block.{i}.attn"
+        q, k, v = (lif(layer(x, f"{p}.{n}_conv", f"{p}.{n}_bn")).flatten(3).unflatten(2, (heads, -1)).mT for n in "qkv")
+        y = lif(0.125 * (q @ k.mT) @ v, 0.5).mT.reshape(x.shape)
+        x = x + lif(layer(y, f"{p}.proj_conv", f"{p}.proj_bn"))
+        p = f"block.{i}.mlp"
+        y = lif(layer(x, f"{p}.fc1_conv", f"{p}.fc1_bn"))
+        x = x + lif(layer(y, f"{p}.fc2_conv", f"{p}.fc2_bn"))
+    return F.linear(x.flatten(3).mean(3).mean(0), s["head.weight"], s["head.bias"])
+
+
+def test_spikformer_is_the_paper() -> None:
+    model, x = build("spikformer_test")
+    model, x = model.double(), x.double()
+    want = plain_spikformer(numbered_last(published(model.state_dict())), x, T=2, heads=2)
+    torch.testing.assert_close(model(x), want)
 
 
 # ---- published sizes -------------------------------------------------------------------------------------------------
