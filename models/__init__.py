@@ -13,8 +13,11 @@ from spikecore.models.sdt import SDT, SDTCaption
 from spikecore.models.sew_resnet import SEWDVS, SEWResNet
 from spikecore.models.sma import SMA, SMAVGG
 from spikecore.models.spikformer import Spikformer, Spikingformer
+from spikecore.models.svmamba import SVMamba
+from spikecore.models.vmamba import SS2D, VMamba
 
 __all__ = [
-    "ECSNN", "Fusion", "MSResNet", "QKFormer", "SDT", "SDTCaption", "SEWDVS", "SMA", "SMAVGG", "SEWResNet",
-    "Spikformer", "Spikingformer", "create_model", "list_models", "load_checkpoint", "register_model",
+    "ECSNN", "Fusion", "MSResNet", "QKFormer", "SDT", "SDTCaption", "SEWDVS", "SMA", "SMAVGG", "SS2D", "SEWResNet",
+    "SVMamba", "Spikformer", "Spikingformer", "VMamba", "create_model", "list_models", "load_checkpoint",
+    "register_model",
 ]  # fmt: skip

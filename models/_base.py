@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Folded", "SpikingModel", "over_time", "truncated_normal"]
+__all__ = ["Folded", "SpikingModel", "VisionModel", "over_time", "truncated_normal"]
 
 
 def over_time(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -29,16 +29,85 @@ class Folded(nn.Sequential):
         return over_time(super().forward, x)
 
 
-class SpikingModel(nn.Module):
-    """Base of the image and event models.
+class VisionModel(nn.Module):
+    """What timm's users know. A model defines `forward_features`, `forward_head`, the names of its last layer
+    (`classifier_name`) and of its stages (`stages`, for `forward_intermediates`).
 
-    A model defines `sequence_features` (``[T, B, C, H, W] -> [T, B, ...]``), `forward_head`, the name of its last layer
-    (`classifier`) and of its stages (`stages`, for `forward_intermediates`).
+    Args:
+        in_chans: channels of the input.
+        num_classes: width of the output; 0: no classifier, features instead.
+    """
+
+    classifier_name: str
+    stages: tuple[str, ...]
+    num_features: int
+
+    def __init__(self, in_chans: int, num_classes: int) -> None:
+        super().__init__()
+        if num_classes < 0:
+            raise ValueError(f"{type(self).__name__}: num_classes must be at least 0, got {num_classes}")
+        self.in_chans, self.num_classes = in_chans, num_classes
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Features before pooling."""
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """From `forward_features` to the output, or to what the classifier reads."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        return self.get_submodule(self.classifier_name)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new classifier, freshly initialised, for another number of classes (0: none)."""
+        old = self.get_classifier()
+        width = getattr(old, "in_features", None) or self.num_features
+        new = (
+            nn.Linear(width, num_classes, bias=getattr(old, "bias", True) is not None) if num_classes else nn.Identity()
+        )
+        parent, _, name = self.classifier_name.rpartition(".")
+        setattr(self.get_submodule(parent), name, new.to(next(self.parameters()).device))
+        self.num_features, self.num_classes = width, num_classes
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Iterable[int] | None = None, *, intermediates_only: bool = False
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of the stages (averaged over time, where there is one), beside `forward_features`' result.
+
+        Args:
+            indices: which of `stages`: the last n, or their numbers; default: all.
+        """
+        names = self.stages
+        if isinstance(indices, int):
+            names = names[-indices:]
+        elif indices is not None:
+            names = tuple(names[i] for i in indices)
+        found: dict[str, Tensor] = {}
+        with ExitStack() as hooks:
+            for name in names:
+
+                def keep(module: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
+                    found[name] = self.as_map(out)
+
+                hooks.callback(self.get_submodule(name).register_forward_hook(keep).remove)
+            features = self.forward_features(x)
+        maps = [found[name] for name in names]
+        return maps if intermediates_only else (features, maps)
+
+    def as_map(self, out: Tensor) -> Tensor:
+        return out
+
+
+class SpikingModel(VisionModel):
+    """Base of the image and event models. A model defines `sequence_features`, ``[T, B, C, H, W] -> [T, B, ...]``.
 
     Args:
         T: time steps. An image is shown so many times; event frames must have so many. None (event models): any.
-        in_chans: channels of the input.
-        num_classes: width of the output; 0: no classifier, features instead.
+        in_chans, num_classes: see `VisionModel`.
 
     Shapes: image ``[B, C, H, W]`` or frames ``[B, T, C, H, W]`` -> ``[B, num_classes]``.
 
@@ -46,17 +115,11 @@ class SpikingModel(nn.Module):
         ValueError: T or num_classes out of range; an input that fits neither shape.
     """
 
-    classifier: str
-    stages: tuple[str, ...]
-
     def __init__(self, T: int | None, in_chans: int, num_classes: int) -> None:
-        super().__init__()
-        name = type(self).__name__
+        super().__init__(in_chans, num_classes)
         if T is not None and T < 1:
-            raise ValueError(f"{name}: T must be at least 1, got {T}")
-        if num_classes < 0:
-            raise ValueError(f"{name}: num_classes must be at least 0, got {num_classes}")
-        self.T, self.in_chans, self.num_classes = T, in_chans, num_classes
+            raise ValueError(f"{type(self).__name__}: T must be at least 1, got {T}")
+        self.T = T
 
     def frames(self, x: Tensor) -> Tensor:
         """The input as a sequence ``[T, B, C, H, W]``; a repeated image is a view."""
@@ -79,53 +142,8 @@ class SpikingModel(nn.Module):
         """Features before pooling, for every time step: ``[T, B, ...]``."""
         return self.sequence_features(self.frames(x))
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """From `forward_features` to the output, or to what the classifier reads."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        return self.get_submodule(self.classifier)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new classifier, freshly initialised, for another number of classes (0: none)."""
-        old = self.get_classifier()
-        width = getattr(old, "in_features", None) or self.num_features
-        new = (
-            nn.Linear(width, num_classes, bias=getattr(old, "bias", True) is not None) if num_classes else nn.Identity()
-        )
-        parent, _, name = self.classifier.rpartition(".")
-        setattr(self.get_submodule(parent), name, new.to(next(self.parameters()).device))
-        self.num_features, self.num_classes = width, num_classes
-
-    num_features: int
-
-    def forward_intermediates(
-        self, x: Tensor, indices: int | Iterable[int] | None = None, *, intermediates_only: bool = False
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Outputs of the stages, averaged over time, beside `forward_features`' result.
-
-        Args:
-            indices: which of `stages`: the last n, or their numbers; default: all.
-        """
-        names = self.stages
-        if isinstance(indices, int):
-            names = names[-indices:]
-        elif indices is not None:
-            names = tuple(names[i] for i in indices)
-        found: dict[str, Tensor] = {}
-        with ExitStack() as hooks:
-            for name in names:
-
-                def keep(module: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
-                    found[name] = out.mean(0)
-
-                hooks.callback(self.get_submodule(name).register_forward_hook(keep).remove)
-            features = self.forward_features(x)
-        maps = [found[name] for name in names]
-        return maps if intermediates_only else (features, maps)
+    def as_map(self, out: Tensor) -> Tensor:
+        return out.mean(0)
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ class ECSNN(SpikingModel):
             self.conv_fc.append(nn.Dropout(dropout))
             self.conv_fc.append(nn.Linear(features, out_features, bias=not spiking) if out_features else nn.Identity())
             self.num_features, features = features, out_features
-        self.classifier = f"conv_fc.{len(self.conv_fc) - 1}"
+        self.classifier_name = f"conv_fc.{len(self.conv_fc) - 1}"
 
     def walk(self, layers: Iterable[nn.Module], x: Tensor) -> Tensor:
         for layer in layers:

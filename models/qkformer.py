@@ -95,7 +95,7 @@ class QKFormer(SpikingModel):
         T, in_chans, num_classes, and shapes: see `SpikingModel`.
     """
 
-    classifier = "head"
+    classifier_name = "head"
 
     def __init__(
         self, embed_dim: int, heads: int, depth: int, *, mlp_ratio: float = 4.0, stem: str = "imagenet",

@@ -97,7 +97,7 @@ class SDT(SpikingModel):
         T, in_chans, num_classes, and shapes: see `SpikingModel`.
     """
 
-    classifier = "head"
+    classifier_name = "head"
 
     def __init__(
         self, embed_dim: int, heads: int, depth: int, *, pools: Sequence[bool] = (True,) * 4, mlp_ratio: float = 4.0,

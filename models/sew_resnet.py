@@ -79,7 +79,7 @@ class SEWResNet(SpikingModel):
         T, in_chans, num_classes, and shapes: see `SpikingModel`.
     """
 
-    classifier = "fc"
+    classifier_name = "fc"
 
     def __init__(
         self, layers: Sequence[int], *, connect: str | None = "ADD", bottleneck: bool = False,
@@ -161,7 +161,7 @@ class SEWDVS(SpikingModel):
         T, in_chans, num_classes, and shapes: see `SpikingModel`.
     """
 
-    classifier = "out"
+    classifier_name = "out"
 
     def __init__(
         self, stages: Sequence[dict[str, Any]], *, connect: str | None = "ADD", img_size: int | tuple[int, int] = 128,

@@ -119,7 +119,7 @@ class SMAVGG(SpikingModel):
         in_chans, num_classes, and shapes: see `SpikingModel`.
     """
 
-    classifier = "others.8"
+    classifier_name = "others.8"
     stages = ("block1", "block2", "block3", "block4", "block5")
 
     def __init__(

@@ -112,7 +112,7 @@ class Spikformer(SpikingModel):
         T, in_chans, num_classes, and shapes: see `SpikingModel`.
     """
 
-    classifier = "head"
+    classifier_name = "head"
 
     def __init__(
         self, embed_dim: int, heads: int, depth: int, *, pools: Sequence[bool] = IMAGENET, mlp_ratio: float = 4.0,

@@ -19,6 +19,8 @@ from spikecore.models import (
     SDTCaption,
     SEWResNet,
     Spikingformer,
+    SVMamba,
+    VMamba,
     ecsnn,
     ms_resnet,
     qkformer,
@@ -26,6 +28,8 @@ from spikecore.models import (
     sew_resnet,
     sma,
     spikformer,
+    svmamba,
+    vmamba,
 )
 from spikecore.models._transformer import MLP, Attention, SelfAttention, conv_bn, neuron
 from spikecore.neurons import LIF, Neuron
@@ -376,6 +380,60 @@ def ecsnn_fusion(case: Case, _: None) -> Report:
         config["in_dim"], config["pmodel_num"], num_classes=config["num_cls"], bias=config["act"] == "ann"
     )
     return check(case, model, same)
+
+
+# ---- VMamba, SVMamba -------------------------------------------------------------------------------------------------
+
+SNN_MAMBA = "para133/SNN_Mamba"
+
+
+@runner(SNN_MAMBA, "VMamba/SS2D.py", "SS2D")
+def ss2d(case: Case, _: None) -> Report:
+    config = case.config
+    model = vmamba.SS2D(
+        config["d_model"], state=config["d_state"], ratio=config["ssm_ratio"], conv_bias=config.get("conv_bias", True),
+        **vmamba.form(config["forward_type"]),
+    )  # fmt: skip
+
+    def channels_last(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    return check(case, model, vmamba.checkpoint_filter, None if config["channel_first"] else channels_last)
+
+
+@runner(SNN_MAMBA, "VMamba/model.py", "VSSM")
+@runner("MzeroMiko/VMamba", "classification/models/vmamba.py", "VSSM")
+def vmamba_model(case: Case, _: None) -> Report:
+    config = case.config
+    patches = config["imgsize"] // 4
+    model = VMamba(
+        config["depths"], config["dims"], state=config["ssm_d_state"], ratio=config["ssm_ratio"],
+        conv_bias=config["ssm_conv_bias"], forward_type=config["forward_type"], mlp_ratio=config["mlp_ratio"],
+        patches=config["patchembed_version"], downsamples=config["downsample_version"],
+        pos_size=(patches, patches) if config["posembed"] else None, in_chans=config["in_chans"],
+        num_classes=config["num_classes"],
+    )  # fmt: skip
+    return check(case, model, vmamba.checkpoint_filter)
+
+
+@runner(SNN_MAMBA, "SVMamba/model.py", "SVMamba")
+def svmamba_model(case: Case, _: None) -> Report:
+    config = case.config
+    model = SVMamba(
+        config["depths"], config["dims"], T=config["T"], in_chans=config["in_chans"], num_classes=config["num_classes"],
+        published_quirks=True,
+    )  # fmt: skip
+    return check(case, model, vmamba.checkpoint_filter)
+
+
+@runner(SNN_MAMBA, "SVMamba/SpikMamba.py", "SpikeMamba")
+def spike_mamba(case: Case, _: None) -> Report:
+    return check(case, svmamba.SpikeMamba(case.config["dim"], True), vmamba.checkpoint_filter)
+
+
+@runner(SNN_MAMBA, "SVMamba/SpikMamba.py", "SpikMambaBlock")
+def spike_mamba_block(case: Case, _: None) -> Report:
+    return check(case, svmamba.Block(case.config["dim"], True), vmamba.checkpoint_filter)
 
 
 # ---- MS-ResNet -------------------------------------------------------------------------------------------------------

@@ -5,12 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spikecore.models import create_model, list_models, load_checkpoint
-from spikecore.models._base import SpikingModel
+from spikecore.models._base import SpikingModel, VisionModel
 from spikecore.models._transformer import Attention
+from spikecore.models.svmamba import SpikeMamba
+from spikecore.models.vmamba import DropPath
+from spikecore.ops import lif_ref
 
 # name: (settings, input of a batch of 2)
 SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
@@ -21,6 +25,8 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "qkformer_test": ({}, (2, 3, 32, 40)),
     "ecsnn_vgg_test": ({"img_size": 16, "T": 16}, (2, 1, 16, 16)),
     "ecsnn_vgg5_ann": ({"img_size": (8, 12)}, (2, 3, 8, 12)),
+    "svmamba_test": ({}, (2, 3, 24, 32)),
+    "vmamba_test": ({}, (2, 3, 24, 32)),
     "sdt_test": ({}, (2, 3, 32, 48)),
     "spikformer_test": ({}, (2, 3, 32, 48)),
     "spikingformer_test": ({}, (2, 3, 48, 32)),
@@ -30,7 +36,7 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 FAMILIES = pytest.mark.parametrize("name", SMALL)
 
 
-def build(name: str, **changes: Any) -> tuple[SpikingModel, Tensor]:
+def build(name: str, **changes: Any) -> tuple[VisionModel, Tensor]:
     settings, shape = SMALL[name]
     torch.manual_seed(0)
     model, x = create_model(name, **{**settings, **changes}), torch.rand(shape) * 2
@@ -38,6 +44,10 @@ def build(name: str, **changes: Any) -> tuple[SpikingModel, Tensor]:
         for m in (m for s in model.modules() if isinstance(s, nn.Sequential) for m in s):
             if isinstance(m, nn.Linear):
                 m.weight.mul_(10)
+        for m in model.modules():
+            if isinstance(m, SpikeMamba):
+                m.in_proj.weight.mul_(50)
+                m.ssm.out_proj.weight.mul_(50)
         warm_up(model, torch.rand(*shape[:-3], model.in_chans, *shape[-2:]) * 2)
     return model.eval(), x
 
@@ -59,7 +69,7 @@ def warm_up(model: nn.Module, x: Tensor) -> None:
 def test_forward_is_head_of_features(name: str) -> None:
     model, x = build(name)
     features = model.forward_features(x)
-    assert features.shape[1] == len(x)
+    assert features.shape[isinstance(model, SpikingModel)] == len(x)
     assert features.any()
     assert torch.equal(model(x), model.forward_head(features))
     assert model(x).shape == (2, model.num_classes)
@@ -96,7 +106,7 @@ def test_intermediates(name: str) -> None:
     features, maps = model.forward_intermediates(x)
     assert torch.equal(features, model.forward_features(x))
     assert len(maps) == len(model.stages)
-    assert torch.equal(maps[-1], features.mean(0))
+    assert torch.equal(maps[-1], features.mean(0) if isinstance(model, SpikingModel) else features)
     last = model.forward_intermediates(x, 1, intermediates_only=True)
     assert len(last) == 1
     assert torch.equal(last[0], maps[-1])
@@ -142,7 +152,7 @@ def test_the_published_quirk_couples_a_batch() -> None:
     torch.testing.assert_close(quirk(x[:1]), model(x[:1]))
 
 
-@pytest.mark.parametrize("name", [n for n in SMALL if "former" in n or "sdt" in n])
+@pytest.mark.parametrize("name", [n for n in SMALL if "former" in n or "sdt" in n or "mamba" in n])
 def test_sizes_of_one(name: str) -> None:
     """One step, one sample, one pixel."""
     model, x = build(name)
@@ -150,6 +160,62 @@ def test_sizes_of_one(name: str) -> None:
     out = model(x[:, :1] if x.dim() == 5 else x)
     assert out.shape == (1, model.num_classes)
     out.sum().backward()
+
+
+def test_a_block_of_svmamba_couples_a_batch_as_published() -> None:
+    model, x = build("svmamba_test")
+    quirk = create_model("svmamba_test", published_quirks=True).eval()
+    quirk.load_state_dict(model.state_dict())
+    assert not torch.equal(quirk(x), model(x))
+    torch.testing.assert_close(quirk(x[:1]), model(x[:1]))
+
+
+def test_drop_path() -> None:
+    drop, x = DropPath(0.5), torch.ones(1000, 2, 1, 1)
+    torch.manual_seed(0)
+    y = drop(x)
+    assert set(y.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(y[:, 0], y[:, 1])
+    assert 400 < int(y[:, 0].count_nonzero()) < 600
+    assert torch.equal(drop.eval()(x), x)
+    rates = [b.drop_path.p for layer in create_model("vmamba_test", drop_path=0.3).layers for b in layer.blocks]
+    assert rates == pytest.approx([0.0, 0.3])
+
+
+def plain_spikformer(s: dict[str, Tensor], x: Tensor, T: int, heads: int) -> Tensor:
+    """The paper's equations, from a state dict of the published names, without spikecore's layers."""
+
+    def lif(x: Tensor, v_threshold: float = 1.0) -> Tensor:
+        return lif_ref(x, v_threshold=v_threshold)[0]
+
+    def layer(x: Tensor, conv: str, bn: str) -> Tensor:
+        weight = s[f"{conv}.weight"]
+        weight = weight if weight.dim() == 4 else weight[..., None]
+        y = F.conv2d(x.flatten(0, 1), weight, s.get(f"{conv}.bias"), padding=weight.shape[-1] // 2)
+        norm = (s[f"{bn}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(y, *norm).unflatten(0, x.shape[:2])
+
+    x = x.expand(T, *x.shape)
+    for i in ("", 1, 2, 3):
+        x = lif(layer(x, f"patch_embed.proj_conv{i}", f"patch_embed.proj_bn{i}"))
+        x = F.max_pool2d(x.flatten(0, 1), 3, 2, 1).unflatten(0, x.shape[:2])
+    x = x + lif(layer(x, "patch_embed.rpe_conv", "patch_embed.rpe_bn"))
+    for i in range(2):
+        p = f"block.{i}.attn"
+        q, k, v = (lif(layer(x, f"{p}.{n}_conv", f"{p}.{n}_bn")).flatten(3).unflatten(2, (heads, -1)).mT for n in "qkv")
+        y = lif(0.125 * (q @ k.mT) @ v, 0.5).mT.reshape(x.shape)
+        x = x + lif(layer(y, f"{p}.proj_conv", f"{p}.proj_bn"))
+        p = f"block.{i}.mlp"
+        y = lif(layer(x, f"{p}.fc1_conv", f"{p}.fc1_bn"))
+        x = x + lif(layer(y, f"{p}.fc2_conv", f"{p}.fc2_bn"))
+    return F.linear(x.flatten(3).mean(3).mean(0), s["head.weight"], s["head.bias"])
+
+
+def test_spikformer_is_the_paper() -> None:
+    model, x = build("spikformer_test")
+    model, x = model.double(), x.double()
+    want = plain_spikformer(numbered_last(published(model.state_dict())), x, T=2, heads=2)
+    torch.testing.assert_close(model(x), want)
 
 
 # ---- published sizes -------------------------------------------------------------------------------------------------
@@ -237,6 +303,11 @@ SIZES = [
        (1, c, h, w))
       for arch, (c, h, w), parameters, biases, count in ECSNN
       for kind in ("", "_ann") if kind == "" or biases],
+    ("svmamba", {}, 14_789_284, 18_276_546_048, (4, 3, 224, 224)),
+    ("vmamba_tiny_s1l8", {}, 30_249_064, 4_812_621_312, (3, 224, 224)),
+    ("vmamba_small_s2l15", {}, 50_147_752, 8_498_976_768, (3, 224, 224)),
+    ("vmamba_base_s2l15", {}, 88_557_800, 15_069_880_320, (3, 224, 224)),
+    ("vmamba_mini", {}, 29_556_964, 4_811_930_112, (3, 224, 224)),
     ("sma_vgg8", {}, 22_452_531, 197_788_418_688, (16, 2, 128, 128)),
     ("sma_vgg8", {"T": 10, "num_classes": 10, "channel_drop": 4}, 22_451_014, 123_617_751_240, (10, 2, 128, 128)),
     ("sma_vgg8", {"T": 14, "num_classes": 101, "channel_drop": 24}, 22_544_543, 455_686_175_140, (14, 2, 180, 240)),
@@ -264,6 +335,7 @@ def test_published_sizes(name: str, settings: dict, parameters: int, count: int 
         ("sew_dvs_7b", (1, 2, 2, 256, 256), "SEWDVS: the head was built for 32 features, the frames give 128"),
         ("ecsnn_vgg_test", (2, 1, 18, 22),
          "ECSNN: the linear layers were built for maps [64, 4, 4], the input gives [64, 4, 5]"),
+        ("vmamba_test", (2, 4, 3, 9, 9), "VMamba: x must be [B, 3, H, W], got [2, 4, 3, 9, 9]"),
         ("qkformer_test", (2, 1, 9, 9), "QKFormer: x must be [B, 3, H, W] or [B, 2, 3, H, W], got [2, 1, 9, 9]"),
         ("sma_vgg8_test", (2, 8, 2, 16, 16), "SMAVGG: frames must be at least 32 x 32 (five pools), got [16, 16]"),
         ("sma_vgg8_test", (2, 6, 2, 32, 32), "SMAVGG: x must have T = 8 frames, got 6 in [2, 6, 2, 32, 32]"),
@@ -284,6 +356,13 @@ def test_bad_input(name: str, shape: tuple[int, ...], line: str) -> None:
             "spikformer_test",
             {"depth": 0},
             "Spikformer: embed_dim must be a multiple of 8 and depth at least 1, got 64 and 0",
+        ),
+        ("vmamba_test", {"forward_type": "v2"}, "SS2D: the form 'v2' is not known"),
+        ("vmamba_test", {"forward_type": "v05_nozz"}, "SS2D: the form 'v05_nozz' is not known (['nozz'])"),
+        (
+            "vmamba_test",
+            {"patches": "v3"},
+            "VMamba: patches must be v1 or v2 and downsamples v1, v2 or v3, got 'v3' and 'v3'",
         ),
         ("sdt_test", {"embed_dim": 60}, "SDT: embed_dim must be a multiple of 8 and depth at least 1, got 60 and 2"),
         ("qkformer_test", {"heads": 5}, "TokenAttention: 16 channels cannot be split into 5 heads"),
@@ -346,6 +425,17 @@ def test_keys_of_the_published_spikingformer(tmp_path) -> None:
     assert {"block.1.mlp.mlp2_bn.running_var", "patch_embed.proj4_conv.weight"} < set(state)
     torch.save(state, tmp_path / "m.pth")
     assert torch.equal(create_model("spikingformer_test", checkpoint=tmp_path / "m.pth").eval()(x), model(x))
+
+
+def test_keys_of_the_official_vmamba(tmp_path) -> None:
+    """Two weights with a dimension for the directions."""
+    model, x = build("vmamba_test")
+    state = dict(model.state_dict())
+    for k in [k for k in state if k.endswith(("x_proj.weight", "dt_projs.weight"))]:
+        state[k.replace(".weight", "_weight")] = state.pop(k).unflatten(0, (4, -1))
+    assert state["layers.0.blocks.0.op.x_proj_weight"].shape == (4, 3, 16)
+    torch.save({"model": state}, tmp_path / "m.pth")
+    assert torch.equal(create_model("vmamba_test", checkpoint=tmp_path / "m.pth").eval()(x), model(x))
 
 
 def numbered_last(state: dict[str, Tensor]) -> dict[str, Tensor]:
