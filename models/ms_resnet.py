@@ -82,7 +82,7 @@ class MSResNet(SpikingModel):
         T, in_chans, num_classes, and shapes: see `SpikingModel`.
     """
 
-    classifier = "fc"
+    classifier_name = "fc"
     stages = ("conv2_x", "conv3_x", "conv4_x", "mem_update")  # the spikes that conv5_x leads to
 
     def __init__(
