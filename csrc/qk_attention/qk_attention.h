@@ -68,7 +68,7 @@ struct QkReduce {
 };
 
 constexpr int kQkTile = 256;  // columns that a CPU kernel works on at once
-constexpr int kQkRows = 16;   // rows that it works on at once where neurons belong to rows
+constexpr int kQkRows = 64;   // rows that it works on at once where neurons belong to rows
 // Parts of a block (b, h) that are independent of each other.
 static inline int64_t qk_parts(const QkShape& s) {
   return s.columns ? (s.L + kQkTile - 1) / kQkTile : (s.R + kQkRows - 1) / kQkRows;
