@@ -13,7 +13,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -116,11 +116,31 @@ def type_of(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
 
 
-class Compiled:
-    """A @triton.jit function whose launches compile it for sm_80 as a GPU would see these arguments."""
+class Launch(NamedTuple):
+    """What a launch of a @triton.jit function compiles, as a GPU would see these arguments."""
 
-    def __init__(self, fn: Any, launched: list[str]) -> None:
-        self.fn, self.launched = fn, launched
+    fn: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    how: dict[str, Any]  # align16, options
+    grid: tuple[int, ...]
+    arguments: list[Any]
+
+    def facts(self, arch: int) -> aot.Facts:
+        return aot.triton_aot(self.fn, self.signature, self.constants, arch, **self.how)
+
+    def run(self) -> None:
+        compiled = aot.triton_compile(self.fn, self.signature, self.constants, 80, **self.how)
+        kernel = ptxvm.Kernel(compiled.asm["ptx"], self.fn.__name__)
+        threads = 32 * self.how["options"].get("num_warps", 4)
+        ptxvm.launch(kernel, self.grid, threads, self.arguments, shared=compiled.metadata.shared)
+
+
+class Launcher:
+    """Stands for a @triton.jit function; `then` gets each of its launches."""
+
+    def __init__(self, fn: Any, then: Callable[[Launch], None]) -> None:
+        self.fn, self.then = fn, then
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **given: Any) -> None:
@@ -132,11 +152,8 @@ class Compiled:
             free = {n: v for n, v in values.items() if n not in constants}
             aligned = [n for n, v in free.items() if not isinstance(v, float) and _address(v) % 16 == 0]
             signature = {n: type_of(v) for n, v in free.items()}
-            compiled = aot.triton_compile(self.fn, signature, constants, 80, align16=aligned, options=given)
-            kernel = ptxvm.Kernel(compiled.asm["ptx"], self.fn.__name__)
-            self.launched.append(self.fn.__name__)
-            threads = 32 * given.get("num_warps", 4)
-            ptxvm.launch(kernel, grid, threads, list(free.values()), shared=compiled.metadata.shared)
+            how = {"align16": aligned, "options": given}
+            self.then(Launch(self.fn, signature, constants, how, grid, list(free.values())))
 
         return launch
 
@@ -146,14 +163,20 @@ def _address(value: Any) -> int:
 
 
 @contextlib.contextmanager
-def of_triton(op: str) -> Iterator[Launched]:
+def of_triton(op: str, then: Callable[[Launch], None] = Launch.run) -> Iterator[Launched]:
+    """`then`: what is done with a launch."""
     pytest.importorskip("triton", reason="triton is not installed")
     from triton.runtime.jit import JITFunction
 
     module = importlib.import_module(f"spikecore.triton.{op}")
     launched: list[str] = []
+
+    def launch(one: Launch) -> None:
+        launched.append(one.fn.__name__)
+        then(one)
+
     with pytest.MonkeyPatch.context() as patch:
         for name, fn in list(vars(module).items()):
             if name.endswith("_kernel") and isinstance(fn, JITFunction):
-                patch.setattr(module, name, Compiled(fn, launched))
+                patch.setattr(module, name, Launcher(fn, launch))
         yield through(op, module), launched
