@@ -9,6 +9,7 @@ confirms or refutes it. Needs nvcc, g++ and the clone's python_tests.
 
 import argparse
 import ctypes
+import functools
 import pathlib
 import re
 import subprocess
@@ -38,6 +39,7 @@ def occupancy(registers: int, block: int, shared: int) -> float:
     return min(BLOCKS, THREADS // block, by_registers, by_shared) * block / THREADS
 
 
+@functools.cache
 def compiled(op: str) -> dict[str, aot.Facts]:
     """Of each kernel template the float32 instantiation with the most registers, by its plain name."""
     flags = ["-fmad=false"]
@@ -70,8 +72,13 @@ def counted(library: ctypes.CDLL, call: Any) -> int:
     return library.shim_counted()
 
 
+def facts_of(kernel: str, op: str) -> aot.Facts:
+    """An operator launches kernels of its own, and some those of lif."""
+    return compiled(op).get(kernel) or compiled("lif")[kernel]
+
+
 def rows(op: str, library: ctypes.CDLL) -> Iterator[list[str]]:
-    case, call, facts = CASES[op], ops_on_shim.on_shim(op), compiled(op)
+    case, call = CASES[op], ops_on_shim.on_shim(op)
     sample = next(case.large(torch.float32))
     forward_must, backward_must = case.bytes_moved(sample)
     with torch.no_grad():
@@ -80,14 +87,17 @@ def rows(op: str, library: ctypes.CDLL) -> Iterator[list[str]]:
     both = counted(library, lambda: results(case, call, sample))
     kernels["backward"] = [k for k in launches(library) if k not in kernels["forward"]]
     moved = {"forward": (forward, forward_must), "backward": (both - forward, backward_must)}
-    shape = run.load(f"bench_{op}").problems("cpu", False)
-    full = {p.direction: p.must_move for p, _ in zip(shape, range(2), strict=False)}
-    full["backward"] = full["training"] - full["forward"]
+    full: dict[tuple[str, str], float] = {}
+    for p in run.load(f"bench_{op}").problems("cpu", False):  # up to the first that is trained, after its forward
+        full[p.direction, p.name] = p.must_move
+        if p.direction == "training":
+            break
+    bench = {"forward": full["forward", p.name], "backward": full["training", p.name] - full["forward", p.name]}
     for direction, (bytes_, must) in moved.items():
         ratio = bytes_ / must
-        time = f"{full[direction] * ratio / BANDWIDTH * 1e6:.1f}"
+        time = f"{bench[direction] * ratio / BANDWIDTH * 1e6:.1f}"
         for i, (kernel, block, dynamic) in enumerate(kernels[direction]):
-            f = facts[kernel]
+            f = facts_of(kernel, op)
             resident = f"{occupancy(f.registers, block, f.shared + dynamic):.0%}"
             shared = str(f.shared + dynamic)
             head = [f"{op} {direction}", f"{ratio:.2f}", time] if i == 0 else ["", "", ""]

@@ -276,6 +276,16 @@ void __ubsan_handle_shift_out_of_bounds(SourceLocation* l, void*, void*) { undef
 void shim_register(void* p, size_t bytes, const char* name, int read_only, int granule) {
   shim::registered.emplace_back(p, bytes, name, false, read_only != 0, granule);
 }
+// The i-th of the memory registered since shim_reset; false past the last.
+bool shim_registered(int i, void** p, size_t* bytes, const char** name, int* read_only) {
+  if (size_t(i) >= shim::registered.size()) return false;
+  const shim::Buffer& b = shim::registered[size_t(i)];
+  *p = b.begin;
+  *bytes = size_t(b.end - b.begin);
+  *name = b.name.c_str();
+  *read_only = b.read_only;
+  return true;
+}
 uint64_t shim_count(int write, int log2_bytes) { return shim::access_count[write][log2_bytes]; }
 void shim_coalescing(int write, uint64_t* requests, uint64_t* sectors) {
   *requests = shim::requests[write].size();

@@ -53,6 +53,7 @@ std::unordered_map<const void*, void*> shared_of_launch;
 
 }  // namespace
 
+Launcher* launcher;
 Thread* current;
 Fiber* running;
 std::string error;
@@ -318,6 +319,11 @@ void shim_reset(unsigned seed, int coalescing) {
   shim::seed = seed;
   switches = 0;
   running = nullptr;
+}
+// launcher: null for the fibers. What it has to complain about it says by shim_fail.
+void shim_set_launcher(shim::Launcher* launcher) { shim::launcher = launcher; }
+void shim_fail(const char* message) {
+  if (shim::error.empty()) shim::error = message;
 }
 const char* shim_error() { return shim::error.c_str(); }
 uint64_t shim_switches() { return shim::switches; }

@@ -17,8 +17,9 @@
 #define __grid_constant__
 #undef __shared__  // only SPK_SHARED and SPK_DYN_SHARED: the shim must own the memory
 
-#define SPK_LAUNCH(K, GRID, BLOCK, SMEM, STREAM, ...) \
-  ((void)(STREAM), ::shim::launch(#K, GRID, BLOCK, SMEM, [=] { K(__VA_ARGS__); }))
+#define SPK_LAUNCH(K, GRID, BLOCK, SMEM, STREAM, ...)                             \
+  ((void)(STREAM), ::shim::hand_over<(K)>((K), GRID, BLOCK, SMEM, __VA_ARGS__) || \
+                       (::shim::launch(#K, GRID, BLOCK, SMEM, [=] { K(__VA_ARGS__); }), true))
 #define SPK_SHARED(T, NAME, DIMS)   \
   using NAME##_type = T DIMS;       \
   static const char NAME##_tag = 0; \
@@ -56,6 +57,27 @@ WarpValues warp_exchange(unsigned mask, uint64_t value);
 unsigned lane();
 void on_atomic(void* p, size_t bytes);
 void fail(const char* message);
+
+// Runs kernels instead of the fibers where it is set; arguments as the kernel takes them, with their sizes.
+using Launcher = void(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, int count, const void* const* arguments,
+                      const size_t* sizes);
+extern Launcher* launcher;
+
+template <auto K>
+const char* name_of() {
+  return __PRETTY_FUNCTION__;  // with the template arguments' values
+}
+template <auto K, class... P, class... A>
+bool hand_over(void (*)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, const A&... given) {
+  if (!launcher) return false;
+  const auto call = [&](P... taken) {
+    const void* const arguments[] = {&taken...};
+    const size_t sizes[] = {sizeof taken...};
+    launcher(name_of<K>(), grid, block, dynamic_bytes, sizeof...(P), arguments, sizes);
+  };
+  call(given...);
+  return true;
+}
 
 template <class Body>
 void launch(const char* kernel, dim3 grid, dim3 block, size_t dynamic_bytes, Body body) {

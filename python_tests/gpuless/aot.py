@@ -80,7 +80,7 @@ def _facts(binary: Path, ptx: str = "") -> list[Facts]:
     return out
 
 
-def triton_aot(
+def triton_compile(
     fn: Any,
     signature: Mapping[str, str],
     constants: Mapping[str, Any],
@@ -90,11 +90,11 @@ def triton_aot(
     num_stages: int = 3,
     align16: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
-) -> Facts:
-    """Compile a `@triton.jit` function for sm_`arch`.
+) -> Any:
+    """What `triton.compile` makes of a `@triton.jit` function for sm_`arch`.
 
     signature: name: "*fp32", "i32", "fp32" ... of each argument that is no constant; align16: those divisible by 16,
-    as a launch would find out itself. `shared` is the dynamic shared memory that Triton's launcher passes.
+    as a launch would find out itself.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: this process interprets, it cannot compile")
@@ -111,7 +111,12 @@ def triton_aot(
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in align16},
     )
     chosen = {"num_warps": num_warps, "num_stages": num_stages, **(options or {})}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=chosen)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=chosen)
+
+
+def triton_aot(fn: Any, signature: Mapping[str, str], constants: Mapping[str, Any], arch: int, **how: Any) -> Facts:
+    """Facts of what `triton_compile` makes; `shared` is the dynamic shared memory that Triton's launcher passes."""
+    compiled = triton_compile(fn, signature, constants, arch, **how)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])

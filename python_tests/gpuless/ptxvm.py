@@ -111,9 +111,13 @@ class Kernel:
         module = re.findall(r"^\s*((?:\.extern )?\.shared[^;]*);", ptx.replace(entry[2], ""), re.M)
         keywords = {"extern", "align", "shared", *BITS}
         outer = [" ".join(d.split()) for d in module if set(re.findall(r"[A-Za-z_$][\w$]*", d)) & words - keywords]
-        for text in sorted(outer, key=lambda d: d.startswith(".extern")):  # dynamic shared memory comes last
-            self._declare(text.removeprefix(".extern "))
+        static = [d for d in outer if not d.startswith(".extern")]
+        for text in static:
+            self._declare(text)
         self._read_body(_statements(entry[2]))
+        for text in outer:
+            if text not in static:  # dynamic shared memory comes last
+                self._declare(text.removeprefix(".extern "))
 
     def _read_parameters(self, text: str) -> None:
         pointer = r"(?:\.ptr\s+(?:\.\w+\s+)??(?:\.align\s+\d+\s+)?)?"
@@ -159,7 +163,7 @@ class Kernel:
             elif not text.startswith("."):
                 for scope in scopes[1:]:
                     text = re.sub(r"%?[A-Za-z_$][\w$]*", lambda m, s=scope: s.get(m[0], m[0]), text)
-                self.code.append(_decode(text))
+                self.code.append(instruction(text))
 
     def _registers(self, text: str, scope: dict[str, str] | None, number: int) -> None:
         kind, names = re.fullmatch(r"\.reg \.(\w+) (.*)", text).groups()  # type: ignore[union-attr]
@@ -172,7 +176,7 @@ class Kernel:
                 self.widths[unique] = BITS[kind]
 
 
-def _decode(text: str) -> Instruction:
+def instruction(text: str) -> Instruction:
     m = re.fullmatch(r"(?:@(!?)(%?[\w.$]+) )?([\w.:]+) ?(.*)", text)
     if not m:
         raise NotImplementedError(text)
@@ -336,8 +340,8 @@ class Block:
 
     def read(self, operand: str, kind: str) -> Array:
         if kind == "pred":
-            if operand.lstrip("!").isdigit():
-                return np.full(self.n, operand != "0")
+            if operand.lstrip("-").isdigit():
+                return np.full(self.n, int(operand) != 0)
             return ~self.register(operand[1:]) if operand[0] == "!" else self.register(operand)
         return decode(self.bits(operand, BITS[kind]), kind)
 
@@ -404,7 +408,7 @@ def _pack(kernel: Kernel, args: Sequence[Any]) -> Array:
     for p, arg in zip(kernel.parameters, args, strict=False):
         if isinstance(arg, torch.Tensor):
             arg = arg.data_ptr()
-        if p.size != BITS[p.type] // 8:
+        if p.size != BITS[p.type] // 8 or isinstance(arg, bytes):
             data = bytes(arg)
             if len(data) != p.size:
                 raise TypeError(f"{p.name} has {p.size} bytes, not {len(data)}")
@@ -435,7 +439,7 @@ def launch(
 ) -> int:
     """Run the kernel; returns the number of instructions issued, all blocks together.
 
-    args: one per parameter: tensors, numbers, or bytes (a ctypes structure) for a struct passed by value.
+    args: one per parameter: tensors, numbers, or bytes (a ctypes structure is enough) as they lie in memory.
     shared: bytes of dynamic shared memory. buffers: tensors that structs point to; named ro_..., they are read-only.
     """
     from gpuless.ptxvm_warp import HANDLERS  # which builds on this module

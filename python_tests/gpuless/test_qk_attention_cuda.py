@@ -127,9 +127,9 @@ def test_without_a_defect_there_is_no_fault(shim_cache):
 
 @pytest.mark.slow
 def test_compiled_kernels():
-    """For sm_80: nothing spills, 16-byte accesses where elements are owned by vectors, no contraction in forward."""
-    facts = aot.nvcc_facts(SOURCE, [80], [shim.CSRC], ["-fmad=false"])
-    assert len(facts) == 3 * 2 * 4 + 4  # types, widths, kernels; and those of one type
+    """Nothing spills, 16-byte accesses where elements are owned by vectors, no contraction in forward."""
+    facts = aot.nvcc_facts(SOURCE, aot.ARCHS, [shim.CSRC], ["-fmad=false"])
+    assert len(facts) == len(aot.ARCHS) * (3 * 2 * 4 + 4)  # types, widths, kernels; and those of one type
     for f in facts:
         assert (f.spills, f.stack, f.local) == (0, 0, 0), f.name
         assert f.registers <= 168, f.name  # three blocks of 128 threads on a multiprocessor

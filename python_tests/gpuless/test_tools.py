@@ -278,6 +278,24 @@ def test_ptxvm_instructions():
     assert word[14:16] == [0xFFFFFFFF, c]
 
 
+def test_ptxvm_keeps_static_and_dynamic_shared_memory_apart():
+    """Static memory of the function itself, too; and predicates may be set to -1."""
+    ptx = """.extern .shared .align 16 .b8 dynamic[];
+.visible .entry both(.param .u64 p) {
+  .reg .pred %p<2>; .reg .b32 %r<4>; .reg .b64 %rd<2>;
+  .shared .align 4 .b8 fixed[8];
+  ld.param.u64 %rd1, [p]; mov.u32 %r1, 7; mov.u32 %r2, 9; mov.pred %p1, -1;
+  @%p1 st.shared.u32 [fixed+4], %r1; st.shared.u32 [dynamic+4], %r2; ld.shared.u32 %r3, [fixed+4];
+  st.global.u32 [%rd1], %r3; ret;
+}
+"""
+    p = torch.zeros(1, dtype=torch.int32)
+    ptxvm.launch(ptxvm.Kernel(ptx, "both"), 1, 1, [p], shared=8)
+    assert p.item() == 7
+    with pytest.raises(ptxvm.PtxFault, match="out of bounds write of 4 bytes"):
+        ptxvm.launch(ptxvm.Kernel(ptx, "both"), 1, 1, [p], shared=4)
+
+
 def test_ptxvm_refuses_what_it_does_not_know():
     ptx = ".visible .entry odd() {\n .reg .b32 %r<2>;\n dp4a.u32.u32 %r1, %r1, %r1, %r1;\n ret;\n}\n"
     with pytest.raises(NotImplementedError, match=r"dp4a\.u32\.u32 %r1"):

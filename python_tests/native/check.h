@@ -153,6 +153,22 @@ struct Array {
   }
 };
 
+// ---- comparing
+
+using Numbers = std::vector<double>;
+
+// |got - want| within `ulps` roundings of the state and one of the output, measured by the largest of the array.
+[[maybe_unused]] void close(const char* what, const Array& got, const Numbers& want, DType state, double ulps) {
+  double largest = 1;
+  for (double w : want) largest = std::max(largest, fabs(w));
+  const double eps = state == DType::f64 ? 0x1p-52 : 0x1p-23;
+  const double half = is_half(got.dtype) ? ldexp(1, -format_of(got.dtype).mantissa - 1) : 0;
+  for (int64_t i = 0; i < got.n; ++i)
+    if (!same(got[i], want[size_t(i)]) &&
+        !(fabs(got[i] - want[size_t(i)]) <= ulps * eps * largest + half * fabs(want[size_t(i)]) + (half ? 0x1p-24 : 0)))
+      fail(what, i, got[i], want[size_t(i)]);
+}
+
 // Chunks in two calls, the way threads share them.
 template <class F, class P>
 void run(F* f, const P& p, int64_t count) {

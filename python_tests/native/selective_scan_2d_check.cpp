@@ -18,20 +18,6 @@ const Kernels kKernels[] = {SPK_ROW(SPK_CHECK_ONLY)};
 const Kernels kKernels[] = {SPK_EACH_ISA(SPK_ROW)};
 #endif
 
-using Numbers = std::vector<double>;
-
-// |got - want| within `ulps` roundings of the state and one of the output, measured by the largest of the array.
-void close(const char* what, const Array& got, const Numbers& want, DType state, double ulps) {
-  double largest = 1;
-  for (double w : want) largest = std::max(largest, fabs(w));
-  const double eps = state == DType::f64 ? 0x1p-52 : 0x1p-23;
-  const double half = is_half(got.dtype) ? ldexp(1, -format_of(got.dtype).mantissa - 1) : 0;
-  for (int64_t i = 0; i < got.n; ++i)
-    if (!same(got[i], want[size_t(i)]) &&
-        !(fabs(got[i] - want[size_t(i)]) <= ulps * eps * largest + half * fabs(want[size_t(i)]) + (half ? 0x1p-24 : 0)))
-      fail(what, i, got[i], want[size_t(i)]);
-}
-
 void check(const Kernels& kernels, int number) {
   const DType dtype = DType(number % 4), state = dtype == DType::f64 ? DType::f64 : DType::f32;
   const int64_t B = 1 + below(2), C = coin() ? 1 + below(20) : 60 + below(20), H = 1 + below(9), W = 1 + below(20), L = H * W;

@@ -20,7 +20,6 @@ const Kernels kKernels[] = {SPK_EACH_ISA(ROW)};
 #endif
 #undef ROW
 
-using Numbers = std::vector<double>;
 constexpr double kScale = 0.125, kLeak = 0.5;
 
 // A neuron of decay and gain 1/2 at rest 0: h from x, both [T, n]; its derivative: 1 above the threshold, else kLeak.

@@ -341,9 +341,9 @@ class _Problem:
     def neurons(self) -> Tensor:
         return self.y.new_empty((self.T, self.B, self.H, self.J), dtype=torch.float32)
 
-    def run(self, kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    def run(self, kernel: Any, programs: int, *args: Any, warps: int = 4, **constants: Any) -> None:
         with torch.cuda.device_of(self.y):  # nothing for the interpreter's CPU tensors
-            kernel[(self.B * self.H * programs,)](*args, **constants, num_warps=4, enable_fp_fusion=False)
+            kernel[(self.B * self.H * programs,)](*args, **constants, num_warps=warps, enable_fp_fusion=False)
 
     def block(self, most: tuple[int, int]) -> dict[str, int]:
         sizes = zip(("BR", "BL"), most, (self.R, self.L), strict=True)
@@ -434,7 +434,7 @@ def qk_attention_bwd(
         p.run(
             qk_operand_bwd_kernel, tiles, factors, x, other, n.decay_h, n.gain_h, g_x,
             sums[2:] if sums is not None else None, *p.sizes, *_strides(x), *_strides(other), *_strides(g_x), a.fire_at,
-            *n.backward_numbers, parts, i * tiles, step,
+            *n.backward_numbers, parts, i * tiles, step, warps=8 if q.dtype == torch.float32 else 4,  # with 4 it spills
             **p.flags, GATED=i == 0, OTHER=other is not None, O_CURRENTS=p.currents and i > 0 and other is not None,
             **n.backward_flags, SUMS=sums is not None and p.currents, SEG=min(SEGMENT, triton.next_power_of_2(p.T)),
             **p.block(BLOCK),

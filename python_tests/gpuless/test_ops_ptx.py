@@ -1,0 +1,141 @@
+"""Whole operators, forward and backward, as nvcc and Triton compile them for sm_80, run by the PTX interpreter."""
+
+import copy
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from backends import assert_same, results
+from gpuless import lif_on_shim, on_ptx, ops_on_shim, ptxvm
+from gpuless.selective_scan_backends import assert_near
+from gpuless.shim import CSRC
+from test_ops import check_gradients
+
+from spikecore.ops.lif import LIFParams
+from spikecore.testing.cases import CASES, Sample, values
+from spikecore.testing.cases.selective_scan import scan_sample
+from spikecore.testing.cases.selective_scan_2d import sample as scan2d_sample
+from spikecore.testing.compare import assert_close
+
+HEADS = {"decay": torch.tensor([0.5, 0.25]), "gain": torch.tensor(0.75)}
+FLOAT, HALF = torch.float32, torch.float16
+
+
+def qk_sample(mode: str, dtype: torch.dtype = FLOAT, N: int = 16) -> Sample:
+    """Currents on the grid. Tokens (N of them) are columns, channels are rows."""
+    operands = {arg: values((5, 1, 2, 6, N), dtype, True, i) for i, arg in enumerate("qk")}
+    neurons = {"attn": LIFParams(**HEADS, v_threshold=0.5), "qkv": LIFParams(**HEADS)}
+    return Sample(f"{mode} {dtype} N={N}", {**operands, **neurons, "mode": mode})
+
+
+def ssa_sample(N: int) -> Sample:
+    operands = {arg: (values((2, 1, 2, 5, N), FLOAT, True, i) > 1).float() for i, arg in enumerate("qkv")}
+    return Sample(f"N={N}", {**operands, "attn": LIFParams(**HEADS, v_threshold=0.25), "scale": 0.125})
+
+
+def scan(L: int, C: int = 9, dtype: torch.dtype = FLOAT, **changes) -> Sample:
+    return scan_sample(f"{dtype} L={L}", dtype, False, B=1, C=C, S=2, L=L, **changes)
+
+
+def scan_2d(H: int, W: int, dtype: torch.dtype = FLOAT) -> Sample:
+    return scan2d_sample(f"{dtype} {H} x {W}", dtype, False, B=1, C=3, H=H, W=W, S=2, directions=(0, 3))
+
+
+# ---- nvcc: the bits that the same source gives on the shim, in chunks and beyond, by vectors and not
+
+NVCC = {
+    "qk_attention": [qk_sample("token"), qk_sample("channel", HALF), qk_sample("token", N=5)],
+    "selective_scan": [scan(132), scan(5, C=17, options="h_init last D"), scan(16, C=2, dtype=HALF)],
+    "selective_scan_2d": [scan_2d(8, 17), scan_2d(3, 5), scan_2d(3, 8, HALF)],
+    "spiking_self_attention": [ssa_sample(20), ssa_sample(3)],
+}
+KERNELS = {
+    "qk_attention": "qk_(sum|gate|attn_bwd|operand_bwd|reduce)",
+    "selective_scan": "selective_scan_(fwd|bwd|reduce)",
+    "selective_scan_2d": "selective_scan_2d_(fwd|bwd)",
+    "spiking_self_attention": "ssa_(dots|fwd|bwd_neuron|bwd_product|bwd_sum)",
+}
+
+
+@pytest.fixture(scope="module")
+def kernels_of(tmp_path_factory):
+    cache: dict[str, on_ptx.Kernels] = {}
+
+    def of(op: str) -> on_ptx.Kernels:
+        if op not in cache:
+            sources = [CSRC / op / f"{op}_cuda.cu"]
+            if op == "spiking_self_attention":  # sums its parameters' gradients by lif's kernels
+                sources.append(tmp_path_factory.mktemp("ptx") / lif_on_shim.SOURCE.name)
+                sources[-1].write_text(lif_on_shim.source(["float"], ["atan"]))
+            cache[op] = on_ptx.Kernels(*sources)
+        return cache[op]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", NVCC)
+def test_nvcc(kernels_of, op):
+    seen = set()
+    for sample in NVCC[op]:
+        wanted = results(CASES[op], ops_on_shim.on_shim(op), sample)
+        with on_ptx.of_nvcc(op, kernels_of(op)) as (function, launched):
+            got = results(CASES[op], function, sample)
+        assert [name for name, w in wanted.items() if not torch.equal(got[name], w)] == [], sample
+        seen |= set(launched)
+    names = re.findall(r"\w+", KERNELS[op])
+    assert {s.split("_kernel")[0] for s in seen} >= {names[0] + n for n in names[1:]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernel", "old", "new", "complaint"),
+    [
+        ("qk_sum_kernel<float, 4, true>", r"^add\.rn\.f32", "sub.rn.f32", "960 differ in"),
+        ("qk_gate_kernel<float, 4>", r"(st\.global\S*v4\S* \[[^]]*)", r"\1+4", "misaligned 16-byte write of out"),
+        ("qk_gate_kernel<float, 4>", r"(ld\.global\S*v4\S* .*\[[^]]*)", r"\1+65536", "out of bounds read of 16 bytes"),
+    ],
+    ids=["subtracts", "4 bytes on", "64 KiB on"],
+)  # fmt: skip
+def test_a_wrong_instruction_is_seen(kernels_of, kernel, old, new, complaint):
+    kernels = copy.copy(kernels_of("qk_attention"))
+    code = kernels[kernel].code
+    at = next(i for i, instruction in enumerate(code) if re.search(old, instruction.text))
+    kernels[kernel] = copy.copy(kernels[kernel])
+    kernels[kernel].code = [*code[:at], ptxvm.instruction(re.sub(old, new, code[at].text)), *code[at + 1 :]]
+    with (
+        on_ptx.of_nvcc("qk_attention", kernels) as (function, _),
+        pytest.raises((AssertionError, RuntimeError), match=complaint),
+    ):
+        assert_same("qk_attention", function, qk_sample("token"), grid=True)
+
+
+# ---- Triton: the CPU kernel's numbers, or as near the exact ones
+
+
+@pytest.mark.slow
+def test_triton_qk_attention():
+    with on_ptx.of_triton("qk_attention") as (function, launched):
+        for sample in (qk_sample("token"), qk_sample("channel", HALF), qk_sample("token", N=5)):
+            assert_same("qk_attention", function, sample, grid=True)
+    assert set(launched) == {f"qk_{name}_kernel" for name in ("sum", "gate", "attn_bwd", "operand_bwd")}
+
+
+@pytest.mark.slow
+def test_triton_selective_scan():
+    with on_ptx.of_triton("selective_scan") as (function, launched):
+        for sample in (scan(5), scan(3, C=17, dtype=HALF, options="h_init last D")):
+            assert_near(function, sample)
+    assert set(launched) == {"selective_scan_fwd_kernel", "selective_scan_bwd_kernel"}
+
+
+@pytest.mark.slow
+def test_triton_selective_scan_2d():
+    case = CASES["selective_scan_2d"]
+    with on_ptx.of_triton("selective_scan_2d") as (function, launched):
+        for sample in (scan_2d(6, 12), scan_2d(3, 5, HALF)):
+            got, want = function(**sample.arguments)[0], case.ref(**sample.arguments)[0]
+            assert_close(got, want, case.ref(**sample.to(torch.float64).arguments)[0], str(sample))
+            check_gradients(replace(case, op=function), sample)
+    assert set(launched) == {"selective_scan_2d_fwd_kernel", "selective_scan_2d_bwd_kernel"}
