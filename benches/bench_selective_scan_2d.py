@@ -64,11 +64,12 @@ def _materialised(
 
 
 def _loop(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
+    # With `unbind`: the backward of indexing is quadratic in L.
     decays, steps, C = _materialised(u, dt, A, B, C, bias)
     h, ys = torch.zeros_like(steps[:, 0]), []
-    for l in range(u.shape[2]):
-        h = decays[:, l] * h + steps[:, l]
-        ys.append((h * C[:, l]).sum(-1))
+    for decay_l, step_l, C_l in zip(decays.unbind(1), steps.unbind(1), C.unbind(1), strict=True):
+        h = decay_l * h + step_l
+        ys.append((h * C_l).sum(-1))
     return torch.stack(ys, 2) + D.unsqueeze(-1) * u
 
 

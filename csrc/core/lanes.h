@@ -8,6 +8,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "core/params.h"
 #include "core/simd.h"
 
 namespace spk {
@@ -52,6 +53,49 @@ template <class V, class A>
 inline void store(A* p, V v) {
   memcpy(p, &v, sizeof(V));
 }
+
+// N vectors that go through a formula side by side: while one waits for a result, the others use the units.
+template <class V, int N>
+struct Pack {
+  V v[N];
+
+  template <class A>
+  static SPK_HD Pack load(const A* p) {  // N consecutive vectors
+    Pack x;
+    for (int i = 0; i < N; ++i) memcpy(&x.v[i], p + i * int(sizeof(V) / sizeof(A)), sizeof(V));
+    return x;
+  }
+  template <class A>
+  static SPK_HD Pack all(A a) {
+    Pack x;
+    for (int i = 0; i < N; ++i) x.v[i] = V{} + a;
+    return x;
+  }
+  template <class A>
+  SPK_HD void store(A* p) const {
+    for (int i = 0; i < N; ++i) memcpy(p + i * int(sizeof(V) / sizeof(A)), &v[i], sizeof(V));
+  }
+};
+#define SPK_PACK(OP)                                                 \
+  template <class V, int N>                                          \
+  SPK_HD Pack<V, N> operator OP(Pack<V, N> x, const Pack<V, N>& y) { \
+    for (int i = 0; i < N; ++i) x.v[i] = x.v[i] OP y.v[i];           \
+    return x;                                                        \
+  }                                                                  \
+  template <class V, int N>                                          \
+  SPK_HD Pack<V, N> operator OP(Pack<V, N> x, float y) {             \
+    for (int i = 0; i < N; ++i) x.v[i] = x.v[i] OP y;                \
+    return x;                                                        \
+  }
+SPK_PACK(+)
+SPK_PACK(-)
+SPK_PACK(*)
+SPK_PACK(/)
+#undef SPK_PACK
+
+// 16 numbers, on every instruction set, so that sums over them add up in one order.
+template <class A>
+using Lanes = Pack<typename Vector<A>::type, 16 / Vector<A>::W>;
 
 // x where it lies within the bound, or is NaN; else the bound.
 #if defined(__AVX512F__)

@@ -7,13 +7,6 @@ namespace spk {
 namespace {  // internal linkage: each per-ISA object keeps its own copy
 
 template <class V>
-struct Bits;
-template <>
-struct Bits<float> {
-  using type = int32_t;
-};
-
-template <class V>
 SPK_HD V at_least(V x, V low) {  // NaN stays NaN, in both
   return x < low ? low : x;
 }
@@ -25,31 +18,22 @@ SPK_HD V at_most(V x, V high) {
 // exp(x) for float, about 1 ulp, correctly rounded near x = 0 (most decays are close to 1, and their errors add up over the
 // sequence). It saturates just below the largest float instead of at infinity, so that a state of 0 stays 0; where exp(x)
 // is below 2^-126 it gives some subnormal.
-template <class V>
-SPK_HD V saturating_exp(V x) {
-  using I = typename Bits<V>::type;
-  x = at_most(at_least(x, V{} - 88.029686f), V{} + 88.72283f);   // -127 ln 2 rounded up, 128 ln 2 rounded down
-  const V m = x * 1.44269504f + 12582912.f, n = m - 12582912.f;  // the nearest integer, also in the low bits of m
-  const V r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  V p = r * 1.381460204e-3f + 8.368715202e-3f;
+SPK_HD float saturating_exp(float x) {
+  x = at_most(at_least(x, -88.029686f), 88.72283f);                  // -127 ln 2 rounded up, 128 ln 2 rounded down
+  const float m = x * 1.44269504f + 12582912.f, n = m - 12582912.f;  // the nearest integer, also in the low bits of m
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = r * 1.381460204e-3f + 8.368715202e-3f;
   p = p * r + 4.166838788e-2f;
   p = p * r + 1.666652065e-1f;
   p = p * r + 4.999999345e-1f;
   p = p * r + 1.f;
   p = p * r + 1.f;
-  return bit_cast<V>(bit_cast<I>(p) + (bit_cast<I>(m) << 23));
+  return bit_cast<float>(bit_cast<int32_t>(p) + (bit_cast<int32_t>(m) << 23));
 }
 
-// exp(dt A) as decay(dt, decay_rate(A)), never infinite.
-template <class V>
-SPK_HD V decay_rate(V A) {
-  return A;
-}
-template <class V>
-SPK_HD V decay(V dt, V rate) {
-  return saturating_exp(dt * rate);
-}
-SPK_HD double decay(double dt, double rate) { return at_most(::exp(dt * rate), 1.7976931348623157e308); }
+// exp(dt A), never infinite.
+SPK_HD float decay(float dt, float A) { return saturating_exp(dt * A); }
+SPK_HD double decay(double dt, double A) { return at_most(::exp(dt * A), 1.7976931348623157e308); }
 
 // h[l] from h[l-1]; x is dt B u. Its derivative in backward: with g the gradient of h[l],
 //   g_x = g,  g_a = g * h[l-1],  g of h[l-1] += a * g,  and a = exp(dt A):  g_dt += A (g_a a),  g_A += dt (g_a a).

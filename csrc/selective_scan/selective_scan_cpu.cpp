@@ -5,39 +5,20 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/lanes.h"
 #include "core/simd.h"
-#include "selective_scan/scan.h"
+#include "selective_scan/lanes.h"
 #include "selective_scan/selective_scan.h"
 
 namespace spk {
-namespace {
-
-using SPK_ISA::floats;
-using SPK_ISA::ints;
-#if defined(__SSE2__) || defined(__aarch64__)
-template <>
-struct Bits<floats> {
-  using type = ints;
-};
-#endif
-template <>
-SPK_HD floats at_least(floats x, floats low) {
-  return SPK_ISA::max_(x, low);
-}
-template <>
-SPK_HD floats at_most(floats x, floats high) {
-  return SPK_ISA::min_(x, high);
-}
-
-}  // namespace
-
 namespace SPK_ISA {
 namespace {
 
 #define SPK_NOINLINE __attribute__((noinline))
 
-constexpr int kChunk = 64;  // steps of a chunk
+constexpr int kChunk = 128;  // steps of a chunk at most
+// Short where states make many passes over a chunk, which should stay in the innermost cache; else long, as rows lie.
+int chunk_of(const SelectiveScan& p) { return p.S < 4 ? kChunk : 32; }
+constexpr int kAhead = 32;  // steps to prefetch
 constexpr int kLanes = kScanLanes;
 constexpr int kStates = 4;  // states that forward carries through a chunk at once
 
@@ -64,7 +45,7 @@ bool is_half(DType t) { return t == DType::bf16 || t == DType::f16; }
 // ---- numbers of a chunk, [steps, 16]
 
 template <class A>
-using Columns = A[kChunk][kLanes];
+using Columns = A[kChunk + 16][kLanes];  // 16 more, for short chunks of several not to meet in the same cache sets
 
 // d = f of the vectors of n steps, each argument being Columns, or [16] where it is the same at every step.
 template <class V, class A>
@@ -86,14 +67,6 @@ constexpr auto sum = [](auto a, auto b) { return a + b; };
 
 // The functions of scan.h, for the vectoriser.
 template <class A>
-SPK_NOINLINE void softplus_all(A* __restrict__ d, const A* __restrict__ x, int n) {
-  for (int i = 0; i < n; ++i) d[i] = softplus(x[i]);
-}
-template <class A>
-SPK_NOINLINE void softplus_slope_all(A* __restrict__ d, const A* __restrict__ x, int n) {
-  for (int i = 0; i < n; ++i) d[i] = softplus_slope(x[i]);
-}
-template <class A>
 SPK_NOINLINE void silu_all(A* __restrict__ d, const A* __restrict__ x, int n) {
   for (int i = 0; i < n; ++i) d[i] = silu(x[i]);
 }
@@ -104,24 +77,25 @@ SPK_NOINLINE void silu_slope_all(A* __restrict__ d, const A* __restrict__ x, int
 
 // Long sums round less in two stages: over kSum states, then over these; over kSum steps, then in double.
 constexpr int kSum = 8;
-template <class A, class V>
-void add_lanes(double* total, V& sums) {
-  A lanes[Vector<A>::W];
-  store(lanes, sums);
-  for (int k = 0; k < Vector<A>::W; ++k) total[k] += lanes[k];
-  sums = V{};
+// Adds n rows to total, one after the other.
+template <class A>
+SPK_NOINLINE void add_rows(double* __restrict__ total, const A (*rows)[kLanes], int n) {
+  for (int r = 0; r < n; ++r)
+    for (int i = 0; i < kLanes; ++i) total[i] += rows[r][i];
 }
 // Adds the sums over n steps of x y to total.
 template <class A>
 void add_sums(double* total, const Columns<A>& x, const Columns<A>& y, int n) {
   using V = typename Vector<A>::type;
+  A rows[kChunk / kSum][kLanes];
   for (int i = 0; i < kLanes; i += Vector<A>::W) {
     V sums{};
     for (int l = 0; l < n; ++l) {
       sums = sums + load<V>(&x[l][i]) * load<V>(&y[l][i]);
-      if (l % kSum == kSum - 1 || l + 1 == n) add_lanes<A>(total + i, sums);
+      if (l % kSum == kSum - 1 || l + 1 == n) store(&rows[l / kSum][i], sums), sums = V{};
     }
   }
+  add_rows(total, rows, (n + kSum - 1) / kSum);
 }
 
 // ---- a block: up to 16 channels [c, c + m) of batch b and group g
@@ -140,8 +114,10 @@ struct Block {
   int m;
   A *rate, *h, *B_tmp, *C_tmp;  // [S, 16]: decay_rate of A, and the states; [S, kChunk]
   Matrix<A> Bs, Cs;
-  alignas(64) A bias[kLanes], skip[kLanes], zero[kChunk], rows[kLanes][kChunk];
-  Columns<A> u, delta, dt, du, y, z, tmp;  // delta with its bias
+  alignas(64) A bias[kLanes], skip[kLanes], rows[kLanes][kChunk];
+  Columns<A> u, delta, dt, du, y, z, slope, tmp;  // slope: of dt over delta
+  A largest_rate;
+  bool bounded;  // the decays of this chunk
 
   void at(int64_t b_, int64_t g_, int64_t block) {
     const int64_t channels = p->C / p->G, first = block * kLanes;
@@ -168,26 +144,39 @@ struct Block {
   int64_t channel() const { return b * p->C + c; }  // of [B, C, ...]
 
   // Whether rows can be read and written where they lie: whole tiles of 16 steps in the type of the kernel.
-  bool in_place(int n) const { return n % 16 == 0 && !is_half(p->dtype); }
+  bool in_place(int n) const { return n % 16 == 0 && m == kLanes && !is_half(p->dtype); }
 
-  void load_columns(Columns<A>& d, const ScanRows& from, int64_t l, int n) {
-    const A* row[kLanes];
-    const int64_t size = is_half(p->dtype) ? 2 : sizeof(A);
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t at = b * from.batch + (c + i) * from.row + l;
-      row[i] = i >= m ? zero : in_place(n) ? static_cast<const A*>(from.data) + at : rows[i];
-      if (i < m)  // the next chunk of 16 far apart rows, which no hardware foresees
-        for (int x = 0; x < kChunk; x += 16) __builtin_prefetch(static_cast<const char*>(from.data) + (at + kChunk + x) * size);
-      if (i < m && !in_place(n)) load_any(rows[i], from.data, p->dtype, at, n);
+  SPK_NOINLINE void load_columns(Columns<A>& d, const ScanRows& from, int64_t l, int n) {
+    const int64_t at = b * from.batch + c * from.row + l;
+    if (in_place(n)) {
+      const A* const first = static_cast<const A*>(from.data) + at;
+      const int64_t step = from.row;
+      for (int j = 0; j < n; j += 16) {
+        for (int i = 0; i < kLanes; ++i)  // 16 far apart rows: no hardware foresees them all
+          __builtin_prefetch(first + i * step + (j + kAhead));
+        transpose16<A>([&](int k) { return d[j + k]; }, [&](int i) { return first + i * step + j; });
+      }
+      return;
     }
-    for (int j = 0; j < n; j += 16) transpose16<A>([&](int k) { return d[j + k]; }, [&](int i) { return row[i] + j; });
+    for (int i = 0; i < kLanes; ++i)
+      if (i < m)
+        load_any(rows[i], from.data, p->dtype, at + i * from.row, n);
+      else
+        memset(rows[i], 0, sizeof(rows[i]));
+    for (int j = 0; j < n; j += 16) transpose16<A>([&](int k) { return d[j + k]; }, [&](int i) { return rows[i] + j; });
   }
-  void store_columns(void* to, const Columns<A>& s, int64_t l, int n) {
-    A* row[kLanes];
-    for (int i = 0; i < kLanes; ++i) row[i] = i < m && in_place(n) ? static_cast<A*>(to) + (channel() + i) * p->L + l : rows[i];
-    for (int j = 0; j < n; j += 16) transpose16<A>([&](int i) { return row[i] + j; }, [&](int k) { return s[j + k]; });
-    if (!in_place(n))
-      for (int i = 0; i < m; ++i) store_any(to, rows[i], p->dtype, (channel() + i) * p->L + l, n);
+  SPK_NOINLINE void store_columns(void* to, const Columns<A>& s, int64_t l, int n) {
+    const int64_t at = channel() * p->L + l, step = p->L;
+    if (in_place(n)) {
+      A* const first = static_cast<A*>(to) + at;
+      for (int j = 0; j < n; j += 16) {
+        for (int i = 0; i < kLanes; ++i) __builtin_prefetch(first + i * step + (j + kAhead), 1);
+        transpose16<A>([&](int i) { return first + i * step + j; }, [&](int k) { return s[j + k]; });
+      }
+      return;
+    }
+    for (int j = 0; j < n; j += 16) transpose16<A>([&](int i) { return rows[i] + j; }, [&](int k) { return s[j + k]; });
+    for (int i = 0; i < m; ++i) store_any(to, rows[i], p->dtype, at + i * step, n);
   }
   Matrix<A> load_matrix(A* room, const ScanMatrix& from, int64_t l, int n) const {
     const int64_t at = b * from.batch + g * from.group + l;
@@ -196,57 +185,68 @@ struct Block {
     return {room, kChunk};
   }
 
+  void load_rates() {
+    load_states(rate, p->A, c);
+    largest_rate = 0;
+    for (int64_t i = 0; i < p->S * kLanes; ++i) {
+      rate[i] = decay_rate(rate[i]);
+      largest_rate = abs_(rate[i]) > largest_rate ? abs_(rate[i]) : largest_rate;
+    }
+  }
+  // dt, whether decays are bounded (NaN makes NaN either way), and what backward needs beside.
+  template <bool SOFTPLUS, bool BACK>
+  SPK_NOINLINE void steps(int n) {
+    using P = Packed<A>;
+    constexpr int W = Vector<A>::W;
+    A most[W] = {}, over_all = 0;
+    auto seen = load<typename Vector<A>::type>(most);
+    for (int i = 0; i < n * kLanes; i += kPack<A>) {
+      P x = P::load(delta[0] + i), to;
+      for (int j = 0; j * W < kPack<A>; ++j) x.v[j] = x.v[j] + load<typename Vector<A>::type>(bias + j * W % kLanes);
+      if (SOFTPLUS) x = softplus<BACK>(x, to);
+      x.store(dt[0] + i);
+      if (BACK) (x * P::load(u[0] + i)).store(du[0] + i);
+      if (BACK && SOFTPLUS) to.store(slope[0] + i);
+      for (int j = 0; j * W < kPack<A>; ++j) seen = largest(SOFTPLUS ? x.v[j] : magnitude(x.v[j]), seen);
+    }
+    store(most, seen);
+    for (const A x : most) over_all = x > over_all ? x : over_all;
+    bounded = over_all * largest_rate < kBound;
+  }
+
   // What the n steps from l on follow from.
+  template <bool BACK>
   void load_chunk(int64_t l, int n) {
     load_columns(u, p->u, l, n);
     load_columns(delta, p->delta, l, n);
-    each(delta, n, sum, delta, bias);
     if (p->softplus)
-      softplus_all(dt[0], delta[0], n * kLanes);
+      steps<true, BACK>(n);
     else
-      memcpy(dt, delta, sizeof(dt));
-    each(du, n, product, dt, u);
+      steps<false, BACK>(n);
     Bs = load_matrix(B_tmp, p->Bs, l, n);
     Cs = load_matrix(C_tmp, p->Cs, l, n);
   }
 };
 
-// R states through n steps of 16 channels, in registers; with OUT they add their part of y.
-template <bool OUT, int R, class A>
-SPK_NOINLINE void walk(Block<A>& k, int64_t s, int n) {
-  using V = typename Vector<A>::type;
+template <bool OUT, bool BOUNDED, int R, class A>
+SPK_NOINLINE void walk_chunk(Block<A>& k, int64_t s, int n) {
   const A *Bs[R], *Cs[R];
   for (int r = 0; r < R; ++r) Bs[r] = k.Bs.row(s + r), Cs[r] = k.Cs.row(s + r);
-  for (int i = 0; i < kLanes; i += Vector<A>::W) {
-    V state[R], rates[R];
-    for (int r = 0; r < R; ++r) {
-      state[r] = load<V>(k.h + (s + r) * kLanes + i);
-      rates[r] = load<V>(k.rate + (s + r) * kLanes + i);
-    }
-    for (int l = 0; l < n; ++l) {
-      const V t = load<V>(&k.dt[l][i]), x = load<V>(&k.du[l][i]);
-      V y[R];
-      for (int r = 0; r < R; ++r) {
-        state[r] = scan_step(state[r], decay(t, rates[r]), x * Bs[r][l]);
-        if (OUT) y[r] = state[r] * Cs[r][l];
-      }
-      if (OUT) {
-        for (int n = R / 2; n > 0; n /= 2)  // the fewer sums one after the other, the fewer roundings
-          for (int r = 0; r < n; ++r) y[r] = y[r] + y[r + n];
-        store(&k.y[l][i], load<V>(&k.y[l][i]) + y[0]);
-      }
-    }
-    for (int r = 0; r < R; ++r) store(k.h + (s + r) * kLanes + i, state[r]);
-  }
+  A *const h = k.h + s * kLanes, *const rates = k.rate + s * kLanes;
+  const auto step = [](int l) { return l; };
+  walk<OUT, BOUNDED, R>(h, rates, k.dt[0], k.u[0], k.y[0], Bs, Cs, n, step, step);
+}
+template <bool OUT, bool BOUNDED, class A>
+void walk_all(Block<A>& k, int n) {
+  int64_t s = 0;
+  for (; s + kStates <= k.p->S; s += kStates) walk_chunk<OUT, BOUNDED, kStates>(k, s, n);
+  for (; s < k.p->S; ++s) walk_chunk<OUT, BOUNDED, 1>(k, s, n);
 }
 template <bool OUT, class A>
 void walk_all(Block<A>& k, int n) {
-  int64_t s = 0;
-  for (; s + kStates <= k.p->S; s += kStates) walk<OUT, kStates>(k, s, n);
-  for (; s < k.p->S; ++s) walk<OUT, 1>(k, s, n);
+  k.bounded ? walk_all<OUT, true>(k, n) : walk_all<OUT, false>(k, n);
 }
 
-int length(int64_t left) { return left < kChunk ? int(left) : kChunk; }
 size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // A W with its Block in it, all zero, and room for `more` numbers behind it, which begins where Block's own ends.
@@ -277,15 +277,14 @@ int forward(const SelectiveScanFwd& q, int64_t begin, int64_t end) {
   Forward<A>* w;
   if (!allocate<A>(w, p, 0)) return kOutOfMemory;
   Block<A>& k = w->block;
-  const int64_t blocks = scan_blocks(p);
+  const int64_t blocks = scan_blocks(p), chunk = chunk_of(p);
   for (int64_t item = begin; item < end; ++item) {
     k.at(item / blocks / p.G, item / blocks % p.G, item % blocks);
-    k.load_states(k.rate, p.A, k.c);
-    for (int64_t i = 0; i < p.S * kLanes; ++i) k.rate[i] = decay_rate(k.rate[i]);
+    k.load_rates();
     k.load_states(k.h, p.h_init, k.channel());
-    for (int64_t l = 0; l < p.L; l += kChunk) {
-      const int n = length(p.L - l);
-      k.load_chunk(l, n);
+    for (int64_t l = 0; l < p.L; l += chunk) {
+      const int n = int(p.L - l < chunk ? p.L - l : chunk);
+      k.template load_chunk<false>(l, n);
       each(k.y, n, product, k.u, k.skip);
       walk_all<true>(k, n);
       if (p.z.data) {
@@ -315,37 +314,46 @@ struct Backward {
 };
 
 // One state through the n steps of a chunk and back. With OUT y is computed again.
-template <bool OUT, class A>
+template <bool OUT, bool BOUNDED, class A>
 SPK_NOINLINE void back(Backward<A>& w, int64_t s, int n) {
   using V = typename Vector<A>::type;
+  constexpr int P = 4;  // steps whose decays are computed at once
   Block<A>& k = w.block;
+  A rows[kChunk / kSum][kLanes];  // of g_A, from the last on
+  const int last = (n - 1) / kSum;
   const A *Bs = k.Bs.row(s), *Cs = k.Cs.row(s);
   for (int i = 0; i < kLanes; i += Vector<A>::W) {
     const int64_t at = s * kLanes + i;
     const V rate = load<V>(k.rate + at), A_ = load<V>(w.A_ + at);
     V h = load<V>(k.h + at), g_h = load<V>(w.carry + at), g_A{};
     store(&w.h[0][i], h);
-    for (int l = 0; l < n; ++l) {
-      const V a = decay(load<V>(&k.dt[l][i]), rate);
-      h = scan_step(h, a, load<V>(&k.du[l][i]) * Bs[l]);
-      store(&w.a[l][i], a);
-      store(&w.h[l + 1][i], h);
-      if (OUT) store(&k.y[l][i], load<V>(&k.y[l][i]) + h * Cs[l]);
+    for (int l = 0; l < n; l += P) {
+      Pack<V, P> a;
+      for (int j = 0; j < P; ++j) a.v[j] = load<V>(&k.dt[l + j][i]) * rate;
+      a = decays<BOUNDED>(a);
+      for (int j = 0; j < P && l + j < n; ++j) {
+        h = scan_step(h, a.v[j], load<V>(&k.du[l + j][i]) * Bs[l + j]);
+        store(&w.a[l + j][i], a.v[j]);
+        store(&w.h[l + j + 1][i], h);
+        if (OUT) store(&k.y[l + j][i], load<V>(&k.y[l + j][i]) + h * Cs[l + j]);
+      }
     }
     for (int l = n - 1; l >= 0; --l) {
-      const V g_y = load<V>(&w.g_y[l][i]);
+      const V g_y = load<V>(&w.g_y[l][i]), before = load<V>(&w.h[l][i]);
       const V g = g_h + g_y * Cs[l];  // of h[l]
-      store(&w.to_C[l][i], g_y * load<V>(&w.h[l + 1][i]));
+      store(&w.to_C[l][i], g_y * h);
       store(&w.to_B[l][i], g * load<V>(&k.du[l][i]));
       store(&w.part_du[l][i], load<V>(&w.part_du[l][i]) + g * Bs[l]);
       g_h = g * load<V>(&w.a[l][i]);
-      const V g_exponent = g_h * load<V>(&w.h[l][i]);
+      const V g_exponent = g_h * before;
       store(&w.part_dt[l][i], load<V>(&w.part_dt[l][i]) + g_exponent * A_);
       g_A = g_A + g_exponent * load<V>(&k.dt[l][i]);
-      if (l % kSum == 0) add_lanes<A>(w.g_A + at, g_A);
+      if (l % kSum == 0) store(&rows[last - l / kSum][i], g_A), g_A = V{};
+      h = before;
     }
     store(w.carry + at, g_h);
   }
+  add_rows(w.g_A + s * kLanes, rows, last + 1);
 }
 
 // The sums of `from` over its 16 channels, to a row of the part's gradient: written by its first block, then added to.
@@ -358,7 +366,7 @@ void sum_channels(A* __restrict__ d, const Columns<A>& from, A* __restrict__ sum
 template <class A>
 int backward(const SelectiveScanBwd& q, int64_t begin, int64_t end) {
   const SelectiveScan& p = q.in;
-  const int64_t blocks = scan_blocks(p), chunks = (p.L + kChunk - 1) / kChunk, per_state = p.S * kLanes;
+  const int64_t blocks = scan_blocks(p), length = chunk_of(p), chunks = (p.L + length - 1) / length, per_state = p.S * kLanes;
   Backward<A>* w;
   A* const room = allocate<A>(w, p, per_state * (2 + chunks + sizeof(double) / sizeof(A)));
   if (!room) return kOutOfMemory;
@@ -378,7 +386,7 @@ int backward(const SelectiveScanBwd& q, int64_t begin, int64_t end) {
     for (int64_t block = first; block < last; ++block) {
       k.at(group / p.G, group % p.G, block);
       k.load_states(w->A_, p.A, k.c);
-      for (int64_t i = 0; i < per_state; ++i) k.rate[i] = decay_rate(w->A_[i]);
+      k.load_rates();
       k.load_states(k.h, p.h_init, k.channel());
       k.load_states(w->carry, q.g_h_last, k.channel());
       memset(w->g_A, 0, per_state * sizeof(double));
@@ -387,15 +395,15 @@ int backward(const SelectiveScanBwd& q, int64_t begin, int64_t end) {
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         memcpy(w->starts + chunk * per_state, k.h, per_state * sizeof(A));
         if (chunk + 1 == chunks) break;
-        k.load_chunk(chunk * kChunk, kChunk);
-        walk_all<false>(k, kChunk);
+        k.template load_chunk<false>(chunk * length, int(length));
+        walk_all<false>(k, int(length));
       }
 
       for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-        const int64_t l = chunk * kChunk;
-        const int n = length(p.L - l);
+        const int64_t l = chunk * length;
+        const int n = int(p.L - l < length ? p.L - l : length);
         memcpy(k.h, w->starts + chunk * per_state, per_state * sizeof(A));
-        k.load_chunk(l, n);
+        k.template load_chunk<true>(l, n);
         if (q.g_y.data) k.load_columns(w->g, q.g_y, l, n);
         if (p.z.data) {
           k.load_columns(k.z, p.z, l, n);
@@ -413,9 +421,9 @@ int backward(const SelectiveScanBwd& q, int64_t begin, int64_t end) {
             memset(w->part_dt, 0, sizeof(w->part_dt));
           }
           if (p.z.data)
-            back<true>(*w, s, n);
+            k.bounded ? back<true, true>(*w, s, n) : back<true, false>(*w, s, n);
           else
-            back<false>(*w, s, n);
+            k.bounded ? back<false, true>(*w, s, n) : back<false, false>(*w, s, n);
           sum_channels(g_Bs + s * p.L + l, w->to_B, w->sums, block == first, n);
           sum_channels(g_Cs + s * p.L + l, w->to_C, w->sums, block == first, n);
           if (s % kSum == kSum - 1 || s + 1 == p.S) {
@@ -424,10 +432,7 @@ int backward(const SelectiveScanBwd& q, int64_t begin, int64_t end) {
           }
         }
         each(w->g_dt, n, [](auto g_dt, auto g_du, auto u) { return g_dt + g_du * u; }, w->g_dt, w->g_du, k.u);
-        if (p.softplus) {
-          softplus_slope_all(k.tmp[0], k.delta[0], n * kLanes);
-          each(w->g_dt, n, product, w->g_dt, k.tmp);
-        }
+        if (p.softplus) each(w->g_dt, n, product, w->g_dt, k.slope);
         const auto to_u = [](auto g_du, auto dt, auto g_y, auto skip) { return g_du * dt + g_y * skip; };
         each(w->g_du, n, to_u, w->g_du, k.dt, w->g_y, k.skip);
         add_sums(w->g_D, w->g_y, k.u, n);

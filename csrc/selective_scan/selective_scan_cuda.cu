@@ -153,10 +153,10 @@ __global__ void __launch_bounds__(32 * kFwdWarps) selective_scan_fwd_kernel(cons
       float a[I], x[I], out[I];
       load<VECTOR>(x, k.Bs + s * p.Bs.row, l, p.L);
       load<VECTOR>(out, k.Cs + s * p.Cs.row, l, p.L);
-      const float rate = decay_rate(k.A[s]);
+      const float A = k.A[s];
 #pragma unroll
       for (int i = 0; i < I; ++i) {
-        a[i] = decay(dt[i], rate);
+        a[i] = decay(dt[i], A);
         x[i] = du[i] * x[i];
       }
       __syncwarp();
@@ -223,10 +223,10 @@ __global__ void __launch_bounds__(32 * kBwdWarps, 1) selective_scan_bwd_kernel(c
       for (int64_t s = 0; s < p.S; ++s) {
         float a[I], x[I];
         load<VECTOR>(x, k.Bs + s * p.Bs.row, l, p.L);
-        const float rate = decay_rate(k.A[s]);
+        const float A = k.A[s];
 #pragma unroll
         for (int i = 0; i < I; ++i) {
-          a[i] = decay(dt[i], rate);
+          a[i] = decay(dt[i], A);
           x[i] = du[i] * x[i];
         }
         __syncwarp();
@@ -262,10 +262,10 @@ __global__ void __launch_bounds__(32 * kBwdWarps, 1) selective_scan_bwd_kernel(c
         float a[I], x[I], in[I], out[I], h[I + 1], c[I];
         load<VECTOR>(in, k.Bs + s * p.Bs.row, l, p.L);
         load<VECTOR>(out, k.Cs + s * p.Cs.row, l, p.L);
-        const float A = k.A[s], rate = decay_rate(A);
+        const float A = k.A[s];
 #pragma unroll
         for (int i = 0; i < I; ++i) {
-          a[i] = decay(dt[i], rate);
+          a[i] = decay(dt[i], A);
           x[i] = du[i] * in[i];
           c[i] = g_y[i] * out[i];
         }

@@ -1,11 +1,12 @@
 // selective_scan_2d on the CPU; compiled once per instruction set (core/dispatch.h). Sixteen channels of a map are laid
-// out place by place once (lanes.h); every direction then walks those lines of 64 bytes in its own order, so that walking
+// out place by place once; every direction then walks those lines of 64 bytes in its own order, so that walking
 // columns costs what walking rows does.
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "selective_scan_2d/lanes.h"
+#include "core/simd.h"
+#include "selective_scan/lanes.h"
 #include "selective_scan_2d/selective_scan_2d.h"
 
 namespace spk {
@@ -14,6 +15,9 @@ namespace {
 
 #define SPK_NOINLINE __attribute__((noinline))
 
+constexpr int kLanes = 16;                  // channels side by side
+constexpr int kStates = 4;                  // states that a walk carries at once
+constexpr int kChunk = 64;                  // steps of such a walk, before the next states' walk
 constexpr int kSum = 8;                     // terms that are added up in a row, over states; their sums then
 constexpr int kFold = 4;                    // places whose parts in g_A are added up in float, before double
 constexpr int kTile = 128;                  // places laid out at once
@@ -49,7 +53,8 @@ inline __attribute__((always_inline)) void lay_out(A* dst, const T* src, int row
       on_row(tile + r * kTile, r, n);
     }
     int i = 0;
-    for (; i + kLanes <= n; i += kLanes) turn16(dst + (l + i) * kLanes, kLanes, tile + i, kTile);
+    for (; i + kLanes <= n; i += kLanes)
+      transpose16<A>([&](int j) { return dst + (l + i + j) * kLanes; }, [&](int r) { return tile + r * kTile + i; });
     for (; i < n; ++i)
       for (int r = 0; r < kLanes; ++r) dst[(l + i) * kLanes + r] = tile[r * kTile + i];
   }
@@ -78,7 +83,8 @@ inline __attribute__((always_inline)) void lay_back(T* dst, const A* src, int ro
   for (int64_t l = 0; l < L; l += kTile) {
     const int n = int(L - l < kTile ? L - l : kTile);
     int i = 0;
-    for (; i + kLanes <= n; i += kLanes) turn16(tile + i, kTile, src + (l + i) * kLanes, kLanes);
+    for (; i + kLanes <= n; i += kLanes)
+      transpose16<A>([&](int r) { return tile + r * kTile + i; }, [&](int j) { return src + (l + i + j) * kLanes; });
     for (; i < n; ++i)
       for (int r = 0; r < kLanes; ++r) tile[r * kTile + i] = src[(l + i) * kLanes + r];
     for (int r = 0; r < rows; ++r) {
@@ -92,20 +98,35 @@ SPK_NOINLINE void lay_back(T* dst, const A* src, int rows, int64_t L) {
   lay_back(dst, src, rows, L, [](A*, int, int64_t, int) {});
 }
 
-// Step sizes from delta, in place.
-template <class A>
-SPK_NOINLINE void step_sizes(A* dt, A bias, bool positive, int n) {
-  if (positive)
-    for (int i = 0; i < n; ++i) dt[i] = softplus(dt[i] + bias);
-  else
-    for (int i = 0; i < n; ++i) dt[i] = dt[i] + bias;
+// Step sizes from a tile's row of delta, in place, or with SLOPE what their gradients are multiplied with; returns the
+// largest step size. It goes on past n to a whole pack.
+template <bool SLOPE, class A>
+SPK_NOINLINE A step_sizes(A* dt, A bias, bool positive, int n) {
+  static_assert(kTile % kPack<A> == 0);
+  using P = Packed<A>;
+  A most[kPack<A>] = {};
+  P seen = P::load(most);
+  for (int i = n; i % kPack<A>; ++i) dt[i] = 0;
+  const P b = P::all(bias);
+  for (int i = 0; i < n; i += kPack<A>) {
+    P x = P::load(dt + i) + b, slope = P::all(A(1));
+    if (positive) x = softplus<SLOPE>(x, slope);
+    (SLOPE ? slope : x).store(dt + i);
+    for (int j = 0; j * Vector<A>::W < kPack<A>; ++j) seen.v[j] = largest(magnitude(x.v[j]), seen.v[j]);
+  }
+  seen.store(most);
+  A over_all = 0;
+  for (const A x : most) over_all = largest(x, over_all);
+  return over_all;
 }
 
 // One row of g_delta from the gradients of the step sizes; returns its sum.
 template <class A>
-SPK_NOINLINE double step_sizes_back(A* g, const A* delta, A bias, bool positive, int n) {
-  if (positive)
-    for (int i = 0; i < n; ++i) g[i] = g[i] * softplus_slope(delta[i] + bias);
+SPK_NOINLINE double step_sizes_back(A* g, A* delta, A bias, bool positive, int n) {
+  if (positive) {
+    step_sizes<true>(delta, bias, true, n);
+    for (int i = 0; i < n; ++i) g[i] = g[i] * delta[i];
+  }
   return sum_of(n, [&](int i) { return double(g[i]); });
 }
 
@@ -121,6 +142,7 @@ SPK_NOINLINE const float* whole(float* tmp, const T* s, int64_t n) {
 // The places in the order of a direction.
 SPK_NOINLINE void places(int32_t* order, int code, int64_t H, int64_t W) {
   const int64_t L = H * W;
+  for (int i = 0; i < kStates - 1; ++i) order[L + i] = 0;  // a walk looks ahead
   const bool back = code == 2 || code == 3 || code == 5;
   int32_t* p = back ? order + L - 1 : order;
   const int step = back ? -1 : 1;
@@ -137,9 +159,19 @@ template <class A>
 struct Channels {
   alignas(64) A a[kMaxStates * kLanes], rate[kMaxStates * kLanes];  // [S][16]
   alignas(64) A bias[kLanes];
+  A largest_rate, largest_step;
 
+  bool bounded() const { return largest_rate * largest_step < kBound; }
+  // What lay_out does to rows of delta.
+  auto to_steps(bool positive) {
+    largest_step = 0;
+    return [this, positive](A* row, int r, int n) {
+      largest_step = largest(step_sizes<false>(row, bias[r], positive, n), largest_step);
+    };
+  }
   void read(const SelectiveScan2d& p, int k, int64_t first, int rows) {
     const int64_t at = k * p.C + first;
+    largest_rate = 0;
     for (int i = 0; i < kLanes; ++i) {
       const bool live = i < rows;
       bias[i] = live && p.bias ? static_cast<const A*>(p.bias)[at + i] : A(0);
@@ -147,6 +179,7 @@ struct Channels {
         const A value = live ? static_cast<const A*>(p.A)[(at + i) * p.S + s] : A(0);
         a[s * kLanes + i] = value;
         rate[s * kLanes + i] = decay_rate(value);
+        largest_rate = largest(abs_(decay_rate(value)), largest_rate);
       }
     }
   }
@@ -162,47 +195,54 @@ SPK_NOINLINE void skip(A* to, const A* x, const SelectiveScan2d& p, int64_t firs
     for (int i = 0; i < kLanes; ++i) to[l * kLanes + i] = x[l * kLanes + i] * D[i];
 }
 
-// One direction: adds C h to y. x, dt, y: [L][16]; into, out_of: [S, L]; h: [S][16], zero at first.
-template <bool ONE, class A>
-SPK_NOINLINE void walk(const A* x, const A* dt, const A* into, const A* out_of, A* y, const int32_t* order, int64_t L, int S,
-                       const Channels<A>& c, A* h) {
-  using F = Lanes<A>;
-  const F rate = F::load(c.rate);
-  F state = F::all(0);
-  for (int64_t l = 0; l < L; ++l) {
-    const int64_t p = order[l];
-    const F t = F::load(dt + p * kLanes), tu = t * F::load(x + p * kLanes);
-    if (ONE) {
-      state = scan_step(state, decays(t, rate), tu * F::all(into[p]));
-      (F::load(y + p * kLanes) + state * F::all(out_of[p])).store(y + p * kLanes);
-    } else {
-      F sum = F::all(0);
-      for (int s0 = 0; s0 < S; s0 += kSum) {
-        F part = F::all(0);
-        for (int s = s0; s < S && s < s0 + kSum; ++s) {
-          const F a = decays(t, F::load(c.rate + s * kLanes));
-          const F next = scan_step(F::load(h + s * kLanes), a, tu * F::all(into[s * L + p]));
-          next.store(h + s * kLanes);
-          part = part + next * F::all(out_of[s * L + p]);
-        }
-        sum = sum + part;
-      }
-      (F::load(y + p * kLanes) + sum).store(y + p * kLanes);
-    }
+// All states through n steps, with OUT adding their parts to y's rows to(l).
+template <bool OUT, bool BOUNDED, class A, class F, class G>
+inline __attribute__((always_inline)) void walk_states(const A* x, const A* dt, const A* into, const A* out_of, A* y, int64_t L,
+                                                       int S, int n, const A* rate, A* h, F place, G to) {
+  const A *Bs[kStates], *Cs[kStates];
+  int s = 0;
+  const auto rows = [&](int count) {
+    for (int r = 0; r < count; ++r) Bs[r] = into + (s + r) * L, Cs[r] = out_of + (s + r) * L;
+  };
+  for (; s + kStates <= S; s += kStates) {
+    rows(kStates);
+    walk<OUT, BOUNDED, kStates>(h + s * kLanes, rate + s * kLanes, dt, x, y, Bs, Cs, n, place, to);
   }
+  for (; s < S; ++s) {
+    rows(1);
+    walk<OUT, BOUNDED, 1>(h + s * kLanes, rate + s * kLanes, dt, x, y, Bs, Cs, n, place, to);
+  }
+}
+
+// n steps of one direction: with OUT adds C h to y. x, dt, y: [L][16]; into, out_of: [S, L]; h: [S][16].
+template <bool OUT, bool BOUNDED, class A>
+SPK_NOINLINE void walk_places(const A* x, const A* dt, const A* into, const A* out_of, A* y, const int32_t* order, int64_t L, int S,
+                              int n, const A* rate, A* h) {
+  const auto place = [&](int l) { return int64_t(order[l]); };
+  if (OUT && S > kStates) {  // the states' sum first, so that y is not the sum of many small terms one after the other
+    alignas(64) A part[kChunk * kLanes];
+    memset(part, 0, sizeof(A) * n * kLanes);
+    walk_states<true, BOUNDED>(x, dt, into, out_of, part, L, S, n, rate, h, place, [](int l) { return l; });
+    for (int l = 0; l < n; ++l) {
+      A* const sum = y + place(l) * kLanes;
+      (Lanes<A>::load(sum) + Lanes<A>::load(part + l * kLanes)).store(sum);
+    }
+    return;
+  }
+  walk_states<OUT, BOUNDED>(x, dt, into, out_of, y, L, S, n, rate, h, place, place);
 }
 
 template <class T, class A>
 int forward(const SelectiveScan2dFwd& q, int64_t begin, int64_t end) {
   const SelectiveScan2d& p = q.scan;
   const int64_t L = p.H * p.W, map = L * kLanes, blocks = ceil_div(p.C, kLanes), converted = sizeof(T) < sizeof(A) ? p.S * L : 0;
-  char* scratch =
-      static_cast<char*>(aligned_alloc(64, 3 * Arena::bytes<A>(map) + 2 * Arena::bytes<A>(converted) + Arena::bytes<int32_t>(L)));
+  char* scratch = static_cast<char*>(
+      aligned_alloc(64, 3 * Arena::bytes<A>(map) + 2 * Arena::bytes<A>(converted) + Arena::bytes<int32_t>(L + kStates)));
   if (!scratch) return kOutOfMemory;
   Arena arena{scratch};
   A *x = arena.take<A>(map), *dt = arena.take<A>(map), *y = arena.take<A>(map);
   A *into_tmp = arena.take<A>(converted), *out_tmp = arena.take<A>(converted);
-  int32_t* order = arena.take<int32_t>(L);
+  int32_t* order = arena.take<int32_t>(L + kStates);
   Channels<A> channels;
   alignas(64) A h[kMaxStates * kLanes];
   for (int64_t task = begin; task < end; ++task) {
@@ -213,14 +253,14 @@ int forward(const SelectiveScan2dFwd& q, int64_t begin, int64_t end) {
     for (int k = 0; k < p.K; ++k) {
       const int64_t bk = b * p.K + k;
       channels.read(p, k, first, rows);
-      lay_out(dt, static_cast<const T*>(p.delta) + (bk * p.C + first) * L, rows, L,
-              [&](A* row, int r, int n) { step_sizes(row, channels.bias[r], p.softplus, n); });
+      lay_out(dt, static_cast<const T*>(p.delta) + (bk * p.C + first) * L, rows, L, channels.to_steps(p.softplus));
       const A* into = whole(into_tmp, static_cast<const T*>(p.into) + bk * p.S * L, p.S * L);
       const A* out_of = whole(out_tmp, static_cast<const T*>(p.out_of) + bk * p.S * L, p.S * L);
       places(order, p.directions[k], p.H, p.W);
       memset(h, 0, sizeof(A) * p.S * kLanes);
-      const auto run = p.S == 1 ? walk<true, A> : walk<false, A>;
-      run(x, dt, into, out_of, y, order, L, p.S, channels, h);
+      const auto run = channels.bounded() ? walk_places<true, true, A> : walk_places<true, false, A>;
+      for (int64_t l = 0; l < L; l += kChunk)
+        run(x, dt, into, out_of, y, order + l, L, p.S, int(L - l < kChunk ? L - l : kChunk), channels.rate, h);
     }
     lay_back(static_cast<T*>(q.y) + (b * p.C + first) * L, y, rows, L);
   }
@@ -232,37 +272,37 @@ int forward(const SelectiveScan2dFwd& q, int64_t begin, int64_t end) {
 template <class A>
 SPK_NOINLINE void leave_starts(const A* x, const A* dt, const A* into, const int32_t* order, int64_t L, int S, int n,
                                const Channels<A>& c, A* starts) {
-  using F = Lanes<A>;
-  memset(starts, 0, sizeof(A) * S * kLanes);
-  const int64_t stretches = ceil_div(L, n);
-  for (int64_t stretch = 0; stretch + 1 < stretches; ++stretch, starts += S * kLanes) {
-    A* h = starts + S * kLanes;
-    memcpy(h, starts, sizeof(A) * S * kLanes);
-    for (int64_t l = stretch * n; l < (stretch + 1) * n; ++l) {
-      const int64_t p = order[l];
-      const F t = F::load(dt + p * kLanes), tu = t * F::load(x + p * kLanes);
-      for (int s = 0; s < S; ++s) {
-        const F a = decays(t, F::load(c.rate + s * kLanes));
-        scan_step(F::load(h + s * kLanes), a, tu * F::all(into[s * L + p])).store(h + s * kLanes);
-      }
-    }
+  const int row = S * kLanes;
+  const auto run = c.bounded() ? walk_places<false, true, A> : walk_places<false, false, A>;
+  memset(starts, 0, sizeof(A) * row);
+  for (int64_t l = 0; l + n < L; l += n, starts += row) {
+    memcpy(starts + row, starts, sizeof(A) * row);
+    run(x, dt, into, into, nullptr, order + l, L, S, n, c.rate, starts + row);
   }
 }
 
-// The states [n + 1][S][16] and decays [n][S][16] of a stretch; h[0] is given.
+// a = 2^a, for whole packs.
+template <bool BOUNDED, class A>
+SPK_NOINLINE void decay_all(A* a, int n) {
+  for (int i = 0; i < n; i += kPack<A>) decays<BOUNDED>(Packed<A>::load(a + i)).store(a + i);
+}
+
+// The states [n + 1][S][16] and decays [n][S][16] of a stretch; h[0] is given. There is room for whole packs of decays.
 template <class A>
 SPK_NOINLINE void recompute(const A* x, const A* dt, const A* into, const int32_t* order, int64_t L, int S, int n,
                             const Channels<A>& c, A* h, A* a) {
   using F = Lanes<A>;
   const int row = S * kLanes;
+  for (int j = 0; j < n; ++j) {
+    const F t = F::load(dt + order[j] * int64_t(kLanes));
+    for (int i = 0; i < row; i += kLanes) (t * F::load(c.rate + i)).store(a + j * row + i);
+  }
+  c.bounded() ? decay_all<true>(a, n * row) : decay_all<false>(a, n * row);
   for (int j = 0; j < n; ++j, h += row, a += row) {
     const int64_t p = order[j];
-    const F t = F::load(dt + p * kLanes), tu = t * F::load(x + p * kLanes);
-    for (int s = 0; s < S; ++s) {
-      const F decayed = decays(t, F::load(c.rate + s * kLanes));
-      decayed.store(a + s * kLanes);
-      scan_step(F::load(h + s * kLanes), decayed, tu * F::all(into[s * L + p])).store(h + row + s * kLanes);
-    }
+    const F tu = F::load(dt + p * kLanes) * F::load(x + p * kLanes);
+    for (int s = 0; s < S; ++s)
+      scan_step(F::load(h + s * kLanes), F::load(a + s * kLanes), tu * F::all(into[s * L + p])).store(h + row + s * kLanes);
   }
 }
 
@@ -285,10 +325,10 @@ SPK_NOINLINE void walk_back(const A* x, A* dt, const A* g_y, A* g_x, const A* in
   for (int j = n - 1; j >= 0; --j) {
     const int64_t p = order[j];
     const F t = F::load(dt + p * kLanes), u = F::load(x + p * kLanes), g = F::load(g_y + p * kLanes), tu = t * u;
-    F g_decays = F::all(0), g_steps = F::all(0);
+    F g_decays{}, g_steps{};
     A *before = h + j * row, *after = before + row, *decayed = a + j * row;
     for (int s0 = 0; s0 < S; s0 += kSum) {
-      F decays_part = F::all(0), steps_part = F::all(0);
+      F decays_part{}, steps_part{};
       for (int s = s0; s < S && s < s0 + kSum; ++s) {
         const int i = s * kLanes;
         const F g_h = F::load(sums.g_h + i) + g * F::all(out_of[s * L + p]);
@@ -315,7 +355,7 @@ template <class A>
 SPK_NOINLINE void add_up(A* to, const A* parts, const int32_t* order, int64_t L, int S, int n) {
   alignas(64) A sums[kLanes];
   for (int r = 0, j = 0, s = 0; r < n * S; r += kLanes) {
-    sum_lanes(sums, parts + r * kLanes);
+    sum16(sums, parts + r * kLanes);
     for (int i = 0; i < kLanes && r + i < n * S; ++i) {
       to[s * L + order[j]] += sums[i];
       if (++s == S) s = 0, ++j;
@@ -328,16 +368,16 @@ int backward(const SelectiveScan2dBwd& q, int64_t begin, int64_t end) {
   const SelectiveScan2d& p = q.scan;
   const int64_t L = p.H * p.W, map = L * kLanes, blocks = ceil_div(p.C, kLanes), groups = ceil_div(p.C, kCpuGroup);
   const int64_t converted = sizeof(T) < sizeof(A) ? p.S * L : 0;
-  const int S = p.S, row = S * kLanes, held = most_places(S), rows16 = (held * S + 15) / 16 * 16;
-  char* scratch = static_cast<char*>(
-      aligned_alloc(64, 4 * Arena::bytes<A>(map) + 2 * Arena::bytes<A>(converted) + Arena::bytes<A>(ceil_div(L, held) * row) +
-                            Arena::bytes<A>(row + rows16 * kLanes) + Arena::bytes<A>(rows16 * kLanes) + Arena::bytes<int32_t>(L)));
+  const int S = p.S, row = S * kLanes, held = most_places(S), rows16 = (held * S + 15) / 16 * 16;  // and so whole packs
+  char* scratch = static_cast<char*>(aligned_alloc(
+      64, 4 * Arena::bytes<A>(map) + 2 * Arena::bytes<A>(converted) + Arena::bytes<A>(ceil_div(L, held) * row) +
+              Arena::bytes<A>(row + rows16 * kLanes) + Arena::bytes<A>(rows16 * kLanes) + Arena::bytes<int32_t>(L + kStates)));
   if (!scratch) return kOutOfMemory;
   Arena arena{scratch};
   A *x = arena.take<A>(map), *dt = arena.take<A>(map), *g_y = arena.take<A>(map), *g_x = arena.take<A>(map);
   A *into_tmp = arena.take<A>(converted), *out_tmp = arena.take<A>(converted), *starts = arena.take<A>(ceil_div(L, held) * row);
   A *h = arena.take<A>(row + rows16 * kLanes), *a = arena.take<A>(rows16 * kLanes);
-  int32_t* order = arena.take<int32_t>(L);
+  int32_t* order = arena.take<int32_t>(L + kStates);
   memset(h, 0, sizeof(A) * (row + rows16 * kLanes));  // rows past the last stretch's are summed, though not used
   memset(a, 0, sizeof(A) * rows16 * kLanes);
   Channels<A> channels;
@@ -359,7 +399,7 @@ int backward(const SelectiveScan2dBwd& q, int64_t begin, int64_t end) {
         const int64_t bk = b * p.K + k, bkc = bk * p.C + first;
         const T* delta = static_cast<const T*>(p.delta) + bkc * L;
         channels.read(p, k, first, rows);
-        lay_out(dt, delta, rows, L, [&](A* piece, int r, int n) { step_sizes(piece, channels.bias[r], p.softplus, n); });
+        lay_out(dt, delta, rows, L, channels.to_steps(p.softplus));
         const A* into = whole(into_tmp, static_cast<const T*>(p.into) + bk * S * L, S * L);
         const A* out_of = whole(out_tmp, static_cast<const T*>(p.out_of) + bk * S * L, S * L);
         A* g_into = static_cast<A*>(q.g_into) + (task * p.K + k) * S * L;
@@ -379,7 +419,8 @@ int backward(const SelectiveScan2dBwd& q, int64_t begin, int64_t end) {
         double g_bias[kLanes] = {};
         alignas(64) A delta_tmp[kTile];
         lay_back(static_cast<T*>(q.g_delta) + bkc * L, dt, rows, L, [&](A* tile, int r, int64_t l, int n) {
-          g_bias[r] += step_sizes_back(tile, state_row(delta_tmp, delta + r * L + l, n), channels.bias[r], p.softplus, n);
+          load_row(delta_tmp, delta + r * L + l, n);
+          g_bias[r] += step_sizes_back(tile, delta_tmp, channels.bias[r], p.softplus, n);
         });
         for (int r = 0; r < rows; ++r) {
           for (int s = 0; s < S; ++s) static_cast<A*>(q.g_A)[(bkc + r) * S + s] = A(sums.total_A[s * kLanes + r]);

@@ -181,13 +181,13 @@ __global__ void __launch_bounds__(32 * kFwdWarps) selective_scan_2d_fwd_kernel(c
 #pragma unroll
       for (int i = 0; i < kItems; ++i) y[i] = D * u[i];
       for (int s = 0; s < p.S; ++s) {
-        const float rate = decay_rate(A[s]);
+        const float A_s = A[s];
         float a[kItems], in[kItems], out[kItems], h[kItems];
         load(in, into + int64_t(s) * L, places);
         load(out, out_of + int64_t(s) * L, places);
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-          a[i] = decay(dt[i], rate);
+          a[i] = decay(dt[i], A_s);
           in[i] = dt[i] * u[i] * in[i];
         }
         states(h, a, in, carried.get(s));
@@ -236,12 +236,12 @@ __global__ void __launch_bounds__(32 * kBwdWarps) selective_scan_2d_bwd_kernel(c
       load(u, x, places);
       step_sizes(dt, bias, p.softplus, places);
       for (int s = 0; s < p.S; ++s) {
-        const float rate = decay_rate(A[s]);
+        const float A_s = A[s];
         float in[kItems], h[kItems], a[kItems];
         load(in, into + int64_t(s) * L, places);
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-          a[i] = decay(dt[i], rate);
+          a[i] = decay(dt[i], A_s);
           in[i] = dt[i] * u[i] * in[i];
         }
         states(h, a, in, carried.get(s));
@@ -264,13 +264,13 @@ __global__ void __launch_bounds__(32 * kBwdWarps) selective_scan_2d_bwd_kernel(c
       }
       step_sizes(dt, bias, p.softplus, places);
       for (int s = 0; s < p.S; ++s) {
-        const float A_s = A[s], rate = decay_rate(A_s);
+        const float A_s = A[s];
         float in[kItems], out[kItems], a[kItems], steps[kItems], h[kItems];
         load(in, into + int64_t(s) * L, places);
         load(out, out_of + int64_t(s) * L, places);
 #pragma unroll
         for (int i = 0; i < kItems; ++i) {
-          a[i] = decay(dt[i], rate);
+          a[i] = decay(dt[i], A_s);
           steps[i] = dt[i] * u[i] * in[i];
         }
         // Lanes of a channel that is none read what another wrote; their parts are thrown away below.
