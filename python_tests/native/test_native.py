@@ -6,13 +6,14 @@ import subprocess
 import pytest
 from native import kernels
 
+import spikecore
+
 pytestmark = pytest.mark.slow
 
 SANITIZERS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 ARM = "aarch64-linux-gnu-g++"
-QUICK = {"lif": "196", "selective_scan_2d": "40"}  # random problems, where every instruction is slow
-QUICK = {"lif": "196", "codebook_lookup": "120"}  # random problems, where every instruction is slow
-QUICK = {"lif": "196", "spiking_self_attention": "60"}  # random problems, where every instruction is slow
+# Random problems, where every instruction is slow.
+QUICK = {"lif": "196", "selective_scan_2d": "40", "codebook_lookup": "120", "spiking_self_attention": "60"}
 EACH = pytest.mark.parametrize("op", QUICK)
 
 
@@ -48,20 +49,32 @@ def test_kernels_under_asan_and_ubsan(op, tmp_path):
         ("codebook_lookup", "p.order[i] * p.g_step + d", "i * p.g_step + d", ": sum["),
         ("spiking_self_attention", "= hi >= c.fire_at", "= hi > c.fire_at", ": out["),
         ("spiking_self_attention", "k < K; ++k", "k < K - (K > 1); ++k", ": out["),
-        ("spiking_self_attention", "g_v[i] = decay * gi;", "g_v[i] = decay * g_s[i];", ": g_q["),
+        ("spiking_self_attention", "g_v[i + j] = decay * gi;", "g_v[i + j] = decay * from[j];", ": g_q["),
         ("spiking_self_attention", "load_row(d, s, int(n));", "load_row(d, s, int(n) + 1);", "AddressSanitizer"),
+        ("spiking_self_attention avx512", "t, 0xff00, t,", "t, 0xfe00, t,", ": out["),
+        ("spiking_self_attention avx512", "w * 32 < n; ++w", "w * 32 + 32 < n; ++w", ": out["),
+        ("spiking_self_attention avx512", "add ? _mm512_load_ps(d) + count : count", "add ? count : count", ": out["),
+        (
+            "spiking_self_attention avx512",
+            "maskz_loadu_ps(within(n - i), s + i)",
+            "loadu_ps(s + i)",
+            "AddressSanitizer",
+        ),
     ],
 )
 def test_check_finds_mistakes(op, tmp_path, monkeypatch, right, wrong, complaint):
     compiler = kernels.require("g++", "g++")
+    op, _, isa = op.partition(" ")
+    isa = isa or kernels.isas()[0]
+    if isa not in spikecore._C.isas():
+        pytest.skip(f"{isa} does not run here")
     sources = shutil.copytree(kernels.CSRC, tmp_path / "csrc")
-    kernel = sources / op / f"{op}_cpu.cpp"
-    text = kernel.read_text()
-    assert right in text, "the kernel has changed: plant another mistake"
-    kernel.write_text(text.replace(right, wrong))
+    kernel_files = [sources / op / f"{op}_cpu.cpp", *(sources / op).glob("*.h")]
+    kernel = next((f for f in kernel_files if right in f.read_text()), None)
+    assert kernel, "the kernel has changed: plant another mistake"
+    kernel.write_text(kernel.read_text().replace(right, wrong))
     monkeypatch.setattr(kernels, "CSRC", sources)
     flags = [*SANITIZERS, "-O0"]
-    isa = kernels.isas()[0]
     objects = kernels.compile_isas(tmp_path, [isa], compiler, flags, dispatch=False, ops=[op])
     program = kernels.link_check(op, tmp_path, objects, compiler, [*flags, f"-DSPK_CHECK_ONLY={isa}"])
     done = subprocess.run([program, "56"], capture_output=True, text=True)
