@@ -1,324 +1,31 @@
 // spiking_self_attention on the CPU; compiled once per instruction set (core/dispatch.h). A thread takes a head after the
 // other and walks its N columns in chunks: first k^T v of every step, then q's chunks through the neuron, time innermost.
-// Every sum has an order that only the sizes fix: products are multiplied and added apart, in lanes of 64 bytes.
-#include <math.h>
+// Operands that are spikes are kept as bits where products of bits are fast, others as tiles of floats.
 #include <stdlib.h>
 #include <string.h>
 
-#include "core/simd.h"
-#include "core/surrogate.h"
-#include "lif/neuron.h"
-#include "spiking_self_attention/spiking_self_attention.h"
+#include "spiking_self_attention/rows.h"
+#include "spiking_self_attention/spikes.h"
 
 namespace spk {
 namespace SPK_ISA {
 namespace {
 
-#define SPK_NOINLINE __attribute__((noinline))
-// Accumulators stay in registers only where the loops over them are gone.
-#define SPK_UNROLL _Pragma("GCC unroll 16")
-
-template <class A>
-struct Lanes {
-  static constexpr int count = 64 / sizeof(A);
-  typedef A type __attribute__((vector_size(64), may_alias));
-};
-
-// Tiles of accumulators that fit the registers; no result depends on them.
-#if defined(__AVX512F__)
-constexpr int kRows = 8, kVectors = 3, kDotRows = 4, kDotColumns = 4;
-#elif defined(__AVX2__) || defined(__aarch64__)
-constexpr int kRows = 4, kVectors = 1, kDotRows = 2, kDotColumns = 2;
-#else
-constexpr int kRows = 2, kVectors = 1, kDotRows = 1, kDotColumns = 2;
-#endif
-
-constexpr int kPad = 16;                     // rows of a tile are padded with zeros to whole lanes
-constexpr int64_t kHeld = 1 << 18;           // numbers of a chunk over all steps that backward holds, about
-constexpr int64_t kLeast = 64, kMost = 256;  // columns of a chunk
-
-int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+constexpr int64_t kHeld = 1 << 18;                   // numbers of a chunk over all steps that backward holds, about
+constexpr int64_t kLeast = 64, kMost = 32 * kWords;  // columns of a chunk
 
 int64_t chunk_of(const AttentionShape& s) {
   const int64_t fit = kHeld / (4 * s.T * s.D) / kPad * kPad, n = fit < kLeast ? kLeast : fit > kMost ? kMost : fit;
   return s.N < n ? s.N : n;
 }
 
-// ---- products ------------------------------------------------------------------------------------------------------
-
-// c[r, n] = sum over k of a[r, k] b[k, n], k ascending; a's strides are free, rows of b and c are `ld` apart.
-template <int R, int W, class A>
-inline void product_tile(const A* a, int64_t row, int64_t column, int64_t K, const A* b, A* c, int64_t ld) {
-  using V = typename Lanes<A>::type;
-  V sum[R][W] = {};
-  for (int64_t k = 0; k < K; ++k) {
-    const V* in = reinterpret_cast<const V*>(b + k * ld);
-    SPK_UNROLL
-    for (int r = 0; r < R; ++r) {
-      SPK_UNROLL
-      for (int w = 0; w < W; ++w) sum[r][w] += a[r * row + k * column] * in[w];
-    }
-  }
-  SPK_UNROLL
-  for (int r = 0; r < R; ++r) {
-    SPK_UNROLL
-    for (int w = 0; w < W; ++w) reinterpret_cast<V*>(c + r * ld)[w] = sum[r][w];
-  }
-}
-
-template <int W, class A>
-SPK_NOINLINE void product_panel(const A* a, int64_t row, int64_t column, int64_t M, int64_t K, const A* b, A* c, int64_t ld) {
-  int64_t r = 0;
-  for (; r + kRows <= M; r += kRows) product_tile<kRows, W>(a + r * row, row, column, K, b, c + r * ld, ld);
-  for (; r < M; ++r) product_tile<1, W>(a + r * row, row, column, K, b, c + r * ld, ld);
-}
-
-template <class A>
-void product(const A* a, int64_t row, int64_t column, int64_t M, int64_t K, const A* b, A* c, int64_t ld, int64_t n) {
-  constexpr int L = Lanes<A>::count;
-  int64_t j = 0;
-  for (; j + kVectors * L <= n; j += kVectors * L) product_panel<kVectors>(a, row, column, M, K, b + j, c + j, ld);
-  for (; j < n; j += L) product_panel<1>(a, row, column, M, K, b + j, c + j, ld);
-}
-
-// out[r, c] (+)= sum over n of x[r, n] y[c, n]: lane by lane, then the lanes as a tree.
-template <int R, int C, class A>
-inline void dot_tile(const A* x, const A* y, int64_t ld, int64_t n, A* out, int64_t out_ld, bool add) {
-  using V = typename Lanes<A>::type;
-  constexpr int L = Lanes<A>::count;
-  V sum[R][C] = {};
-  for (int64_t j = 0; j < n; j += L) {
-    SPK_UNROLL
-    for (int r = 0; r < R; ++r) {
-      SPK_UNROLL
-      for (int c = 0; c < C; ++c)
-        sum[r][c] += *reinterpret_cast<const V*>(x + r * ld + j) * *reinterpret_cast<const V*>(y + c * ld + j);
-    }
-  }
-  alignas(64) A s[R * C * L];
-#if defined(__AVX512F__)
-  if (R * C == 16 && L == 16) {  // the same tree for 16 sums at once: halves of two vectors meet in one
-    typedef int32_t I __attribute__((vector_size(64)));
-    const I low[4] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
-                      {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
-                      {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
-                      {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30}};
-    const int place[16] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};  // of the sum of each vector
-    typedef float F __attribute__((vector_size(64), may_alias));
-    F m[16];
-    SPK_UNROLL
-    for (int i = 0; i < 16; ++i) m[i] = (F)sum[i / C][i % C];
-    SPK_UNROLL
-    for (int level = 0, width = 8; level < 4; ++level, width /= 2) {
-      const I high = low[level] + width;
-      SPK_UNROLL
-      for (int i = 0; i < width; ++i)
-        m[i] = __builtin_shuffle(m[2 * i], m[2 * i + 1], low[level]) + __builtin_shuffle(m[2 * i], m[2 * i + 1], high);
-    }
-    *reinterpret_cast<F*>(s) = m[0];
-    for (int i = 0; i < 16; ++i) {
-      A& d = out[i / C * out_ld + i % C];
-      d = add ? d + s[place[i]] : s[place[i]];
-    }
-    return;
-  }
-#endif
-  SPK_UNROLL
-  for (int r = 0; r < R; ++r) {
-    SPK_UNROLL
-    for (int c = 0; c < C; ++c) reinterpret_cast<V*>(s)[r * C + c] = sum[r][c];
-  }
-  for (int i = 0; i < R * C; ++i) {
-    A* const lane = s + i * L;
-    for (int width = L / 2; width > 0; width /= 2)
-      for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
-    A& d = out[i / C * out_ld + i % C];
-    d = add ? d + lane[0] : lane[0];
-  }
-}
-
-template <int R, class A>
-SPK_NOINLINE void dot_rows(const A* x, const A* y, int64_t ld, int64_t n, int64_t D, A* out, int64_t out_ld, bool add) {
-  int64_t c = 0;
-  for (; c + kDotColumns <= D; c += kDotColumns) dot_tile<R, kDotColumns>(x, y + c * ld, ld, n, out + c, out_ld, add);
-  for (; c < D; ++c) dot_tile<R, 1>(x, y + c * ld, ld, n, out + c, out_ld, add);
-}
-
-template <class A>
-void dots(const A* x, const A* y, int64_t ld, int64_t n, int64_t D, A* out, int64_t out_ld, bool add) {
-  int64_t r = 0;
-  for (; r + kDotRows <= D; r += kDotRows) dot_rows<kDotRows>(x + r * ld, y, ld, n, D, out + r * out_ld, out_ld, add);
-  for (; r < D; ++r) dot_rows<1>(x + r * ld, y, ld, n, D, out + r * out_ld, out_ld, add);
-}
-
-// ---- products of spikes --------------------------------------------------------------------------------------------
-
-constexpr int kWords = kMost / 64;  // of a row's bits
-
-#if defined(__AVX512F__)
-// Counting bits of whole registers is beyond what this object is compiled for.
-bool counts_bits() { return __builtin_cpu_supports("avx512vpopcntdq"); }
-
-// Rows of n numbers to bits, word w of row r at bits[r * row_step + w * word_step]; false where one is neither 0 nor 1.
-SPK_NOINLINE bool to_bits(uint64_t* bits, int64_t row_step, int64_t word_step, const float* s, int64_t row, int64_t D, int64_t n) {
-  const __m512 one = _mm512_set1_ps(1.f), zero = _mm512_setzero_ps();
-  __mmask16 spikes = 0xffff;
-  for (int64_t r = 0; r < D; ++r, s += row)
-    for (int w = 0; w < kWords; ++w) {
-      uint64_t word = 0;
-      for (int64_t j = w * 64; j < n && j < w * 64 + 64; j += 16) {
-        const __mmask16 within = n - j < 16 ? __mmask16((1u << (n - j)) - 1) : __mmask16(0xffff);
-        const __m512 x = _mm512_maskz_loadu_ps(within, s + j);
-        const __mmask16 fired = _mm512_cmp_ps_mask(x, one, _CMP_EQ_OQ);
-        spikes &= fired | _mm512_cmp_ps_mask(x, zero, _CMP_EQ_OQ);
-        word |= uint64_t(fired) << (j - w * 64);
-      }
-      bits[r * row_step + w * word_step] = word;
-    }
-  return spikes == 0xffff;
-}
-
-// out[r, c] (+)= bits that x[r] and y[c] share; x: [D, kWords], y: [kWords, padded D].
-__attribute__((target("avx512vpopcntdq"))) SPK_NOINLINE void count_bits(const uint64_t* x, const uint64_t* y, int64_t D, int words,
-                                                                        float* out, int64_t ld, bool add) {
-  for (int64_t r = 0; r < D; ++r)
-    for (int64_t c = 0; c < D; c += 8) {
-      __m512i sum = _mm512_setzero_si512();
-      for (int w = 0; w < words; ++w) {
-        const __m512i both = _mm512_and_si512(_mm512_set1_epi64(int64_t(x[r * kWords + w])), _mm512_loadu_si512(y + w * ld + c));
-        sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(both));
-      }
-      float* const d = out + r * ld + c;
-      const __m256 count = _mm512_cvtepi64_ps(sum);
-      _mm256_storeu_ps(d, add ? _mm256_add_ps(_mm256_loadu_ps(d), count) : count);
-    }
-}
-#endif
-
-// ---- rows of neurons -----------------------------------------------------------------------------------------------
-
-// The neuron of one head.
-template <class A>
-struct Cell {
-  Neuron<A> c;
-  A decay, gain, a, b;
-  bool hard, detach;
-  int32_t surrogate;
-
-  Cell(const AttentionNeuron& p, int64_t head)
-      : decay(pick(p.lif.decay_c, p.lif.decay, p.lif.C, head)),
-        gain(pick(p.lif.gain_c, p.lif.gain, p.lif.C, head)),
-        a(A(p.a)),
-        b(A(p.b)),
-        hard(p.lif.hard),
-        detach(p.detach),
-        surrogate(p.surrogate) {
-    const A threshold = A(p.lif.threshold);
-    const A above = sizeof(A) == 4 ? A(nextafterf(float(threshold), INFINITY)) : A(nextafter(double(threshold), INFINITY));
-    // Nothing lies above infinity, and no potential is >= NaN.
-    c = {A(p.lif.rest), !p.lif.strict ? threshold : above > threshold ? above : A(NAN), threshold, A(p.lif.reset_by)};
-  }
-  static A pick(const void* per_head, double number, int64_t C, int64_t head) {
-    return per_head ? static_cast<const A*>(per_head)[C == 1 ? 0 : head] : A(number);
-  }
+// Rows of memory or of a tile; no data: they cannot be taken as they lie.
+template <class P>
+struct Rows {
+  P data;
+  int64_t row;
+  explicit operator bool() const { return data != nullptr; }
 };
-
-// One step of a row on the currents factor * x; s may be x.
-template <bool HARD, bool AT_ZERO, class A>
-SPK_NOINLINE void step_row(const A* x, A factor, A* v, A* h, A* s, A decay, A gain, const Neuron<A> c, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    const A hi = charge(v[i], factor * x[i], decay, gain, AT_ZERO ? A(0) : c.rest);
-    h[i] = hi;
-    s[i] = hi >= c.fire_at ? A(1) : A(0);
-    v[i] = reset(hi, HARD, c);
-  }
-}
-
-template <Surrogate K, class A>
-SPK_NOINLINE void surrogate_row(A* sg, const A* h, A threshold, A a, A b, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) sg[i] = surrogate<K, A>(h[i] - threshold, a, b);
-}
-
-// g_v comes in as the gradient of v[t] and goes out as that of v[t-1]; g_x = factor * that of the current; g_x may be g_s.
-template <bool HARD, bool DETACH, class A>
-SPK_NOINLINE void back_row(const A* h, const A* sg, const A* g_s, A* g_v, A* g, A* g_x, A factor, A decay, A gain,
-                           const Neuron<A> c, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    const A gi = step_backward(h[i], g_s[i], g_v[i], A(0), sg[i], HARD, DETACH, c);
-    g[i] = gi;
-    g_x[i] = factor * (gain * gi);
-    g_v[i] = decay * gi;
-  }
-}
-
-// A sum over a head, in double: the lanes of a row, these as a tree, row after row.
-struct Sum {
-  static constexpr int kLanes = 16;
-  double total = 0;
-
-  template <class A>
-  void add(const A* g, const A* x, A factor, A minus, int64_t n) {
-    double lanes[kLanes] = {};
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const int m = int(n - i < kLanes ? n - i : kLanes);
-      for (int j = 0; j < m; ++j) lanes[j] += double(g[i + j]) * double(factor * x[i + j] - minus);
-    }
-    for (int width = kLanes / 2; width > 0; width /= 2)
-      for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-    total += lanes[0];
-  }
-  template <class A>
-  void store(void* out, int64_t head) const {
-    if (out) static_cast<A*>(out)[head] = A(total);
-  }
-};
-
-template <class A>
-void reset_row(A* v, const A* h, bool hard, const Neuron<A> c, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) v[i] = reset(h[i], hard, c);
-}
-
-// ---- rows of memory ------------------------------------------------------------------------------------------------
-
-inline float number(float x) { return x; }
-inline double number(double x) { return x; }
-inline float number(bf16 x) { return to_float(x); }
-inline float number(f16 x) { return to_float(x); }
-inline void put(float* d, float x) { *d = x; }
-inline void put(double* d, double x) { *d = x; }
-inline void put(bf16* d, float x) { *d = to_bf16(x); }
-inline void put(f16* d, float x) { *d = to_f16(x); }
-
-template <class T, class A>
-SPK_NOINLINE void load_rows(A* d, int64_t ld, const T* s, int64_t row, int64_t column, int64_t D, int64_t n) {
-  for (int64_t r = 0; r < D; ++r, d += ld, s += row)
-    if (column == 1)
-      load_row(d, s, int(n));
-    else
-      for (int64_t i = 0; i < n; ++i) d[i] = number(s[i * column]);
-}
-template <class T, class A>
-SPK_NOINLINE void store_rows(T* d, int64_t row, int64_t column, const A* s, int64_t ld, int64_t D, int64_t n) {
-  for (int64_t r = 0; r < D; ++r, d += row, s += ld)
-    if (column == 1)
-      store_row(d, s, int(n));
-    else
-      for (int64_t i = 0; i < n; ++i) put(d + i * column, s[i]);
-}
-template <class A>
-SPK_NOINLINE void load_bits(A* d, int64_t ld, const uint8_t* s, int bit, int64_t row, int64_t column, int64_t D, int64_t n) {
-  for (int64_t r = 0; r < D; ++r, d += ld, s += row)
-    for (int64_t i = 0; i < n; ++i) d[i] = A(s[i * column] >> bit & 1);
-}
-template <class A>
-SPK_NOINLINE void store_bits(uint8_t* d, int bit, int64_t row, int64_t column, const A* s, int64_t ld, int64_t D, int64_t n) {
-  for (int64_t r = 0; r < D; ++r, d += row, s += ld)
-    for (int64_t i = 0; i < n; ++i) d[i * column] = uint8_t((bit ? d[i * column] : 0) | (s[i] != 0 ? 1 << bit : 0));
-}
-
-// ---- one head ------------------------------------------------------------------------------------------------------
 
 // A chunk of a head: where it lies and how it is read and written.
 template <class A>
@@ -341,12 +48,41 @@ struct Chunk {
   int64_t offset(const Sequence<P>& x, int64_t t) const {
     return (p.packed ? t / 8 : t) * x.step + batch * x.batch + head * x.head + first * x.column;
   }
+  template <class P>
+  bool as_it_lies(const Sequence<P>& x) const {
+    return !p.packed && x.column == 1 && p.dtype == (sizeof(A) == 4 ? DType::f32 : DType::f64);
+  }
+  Rows<const A*> direct(const SequenceIn& x, int64_t t) const {
+    return {as_it_lies(x) ? static_cast<const A*>(x.data) + offset(x, t) : nullptr, x.row};
+  }
+  Rows<A*> direct(const SequenceOut& x, int64_t t) const {
+    return {as_it_lies(x) ? static_cast<A*>(x.data) + offset(x, t) : nullptr, x.row};
+  }
+  // Step t of x as it lies, or by way of the tile d.
+  Rows<const A*> rows(A* d, const SequenceIn& x, int64_t t) const {
+    const Rows<const A*> there = direct(x, t);
+    if (there) return there;
+    load(d, x, t);
+    return {d, ld};
+  }
+  // Where step t of x is computed; `put` takes it to memory.
+  Rows<A*> target(A* d, const SequenceOut& x, int64_t t) const {
+    const Rows<A*> there = direct(x, t);
+    return there ? there : Rows<A*>{d, ld};
+  }
+  void put(const SequenceOut& x, int64_t t, Rows<A*> from) const {
+    if (direct(x, t).data != from.data) store(x, t, from.data);
+  }
+
   void load(A* d, const SequenceIn& x, int64_t t) const {
     const int64_t at = offset(x, t);
     if (p.packed)
       load_bits(d, ld, static_cast<const uint8_t*>(x.data) + at, int(t % 8), x.row, x.column, p.D, n);
     else
       load_floats(d, x, at);
+    pad(d);
+  }
+  void pad(A* d) const {
     if (n < padded(n))
       for (int64_t r = 0; r < p.D; ++r) memset(d + r * ld + n, 0, size_t(padded(n) - n) * sizeof(A));
   }
@@ -378,18 +114,24 @@ struct Chunk {
     store_rows(static_cast<double*>(x.data) + at, x.row, x.column, s, ld, p.D, n);
   }
 
-  // ---- neurons over the chunk: v, h, s and the like are tiles
+  // ---- neurons over the chunk: v, h and the like are tiles
 
   void rest(A* v, const Cell<A>& cell) const {
     for (int64_t i = 0; i < tile; ++i) v[i] = cell.c.rest;
   }
-  // Null h: not wanted.
-  void step(const Cell<A>& cell, const A* x, A factor, A* v, A* h, A* s, A* row) const {
-    const auto run = !cell.hard ? step_row<false, true, A> : cell.c.rest == 0 ? step_row<true, true, A> : step_row<true, false, A>;
+  template <bool KEEP>
+  void step(const Cell<A>& cell, const A* x, A factor, A* v, A* h, Rows<A*> s) const {
+    const auto run = !cell.hard         ? step_row<false, true, KEEP, A>
+                     : cell.c.rest == 0 ? step_row<true, true, KEEP, A>
+                                        : step_row<true, false, KEEP, A>;
     for (int64_t r = 0; r < p.D; ++r) {
       const int64_t i = r * ld;
-      run(x + i, factor, v + i, h ? h + i : row, s + i, cell.decay, cell.gain, cell.c, n);
+      run(x + i, factor, v + i, KEEP ? h + i : nullptr, s.data + r * s.row, cell.decay, cell.gain, cell.c, n);
     }
+  }
+  // Null h: not wanted.
+  void step(const Cell<A>& cell, const A* x, A factor, A* v, A* h, Rows<A*> s) const {
+    h ? step<true>(cell, x, factor, v, h, s) : step<false>(cell, x, factor, v, h, s);
   }
   void surrogate_of(const Cell<A>& cell, A* sg, const A* h) const {
     const A threshold = cell.c.threshold;
@@ -403,17 +145,17 @@ struct Chunk {
       default: return surrogate_row<Surrogate::leaky_relu>(sg, h, threshold, cell.a, cell.b, n);
     }
   }
-  // g: gradient of the spikes in, of x out. h_before: of step t-1, null at t = 0; null sums and x: not wanted.
-  void back(const Cell<A>& cell, const A* h, const A* h_before, const A* x, A factor, A* g_v, A* g, A* rows, Sum* g_decay,
-            Sum* g_gain) const {
-    A *const sg = rows, *const g_h = rows + ld;
+  // From the gradient g_s of the spikes to g_x of x. h_before: of step t-1, null at t = 0; null sums, x: not wanted.
+  void back(const Cell<A>& cell, const A* h, const A* h_before, Rows<const A*> x, A factor, A* g_v, Rows<const A*> g_s,
+            Rows<A*> g_x, A* two_rows, Sum* g_decay, Sum* g_gain) const {
+    A *const sg = two_rows, *const g_h = two_rows + ld;
     const auto run = cell.hard ? (cell.detach ? back_row<true, true, A> : back_row<true, false, A>)
                                : (cell.detach ? back_row<false, true, A> : back_row<false, false, A>);
     for (int64_t r = 0; r < p.D; ++r) {
       const int64_t i = r * ld;
       surrogate_of(cell, sg, h + i);
-      run(h + i, sg, g + i, g_v + i, g_h, g + i, factor, cell.decay, cell.gain, cell.c, n);
-      if (g_gain) g_gain->add(g_h, x + i, factor, A(0), n);
+      run(h + i, sg, g_s.data + r * g_s.row, g_v + i, g_h, g_x.data + r * g_x.row, factor, cell.decay, cell.gain, cell.c, n);
+      if (g_gain) g_gain->add(g_h, x.data + r * x.row, factor, A(0), n);
       if (g_decay && h_before) {
         reset_row(sg, h_before + i, cell.hard, cell.c, n);
         g_decay->add(g_h, sg, A(1), cell.c.rest, n);
@@ -423,21 +165,44 @@ struct Chunk {
 };
 
 // Working space in 64-byte units, all zero: the padding of tiles must not hold NaN.
-template <class A>
 struct Scratch {
-  A* base;
-  A* next;
-  explicit Scratch(int64_t numbers) {
-    const size_t bytes = (size_t(numbers) * sizeof(A) + 63) / 64 * 64;
-    base = next = static_cast<A*>(aligned_alloc(64, bytes));
-    if (base) memset(base, 0, bytes);
+  char* base;
+  int64_t used = 0;
+  explicit Scratch(int64_t bytes) : base(static_cast<char*>(aligned_alloc(64, size_t(bytes)))) {
+    if (base) memset(base, 0, size_t(bytes));
   }
   ~Scratch() { free(base); }
-  A* take(int64_t numbers) {
-    A* p = next;
-    next += numbers;
+  static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+  template <class T>
+  T* take(int64_t numbers) {
+    T* const p = reinterpret_cast<T*>(base + used);
+    used += rounded(numbers * int64_t(sizeof(T)));
     return p;
   }
+};
+
+// Steps of an operand: bits where it is spikes, else tiles.
+template <class A>
+struct Operand {
+  A* tiles;
+  bool* spikes;
+  uint32_t *over_n, *over_d;
+  int64_t tile, n_ld, d_ld, n_size, d_size;
+
+  Operand(const Chunk<A>& c)
+      : tile(c.tile), n_ld(padded(c.p.D)), d_ld(c.ld), n_size(kWords * n_ld), d_size((c.p.D + 31) / 32 * d_ld) {}
+  int64_t bytes(int64_t steps) const {
+    return Scratch::rounded(steps * tile * int64_t(sizeof(A))) + Scratch::rounded(steps) +
+           (kBits<A> ? Scratch::rounded(4 * steps * n_size) + Scratch::rounded(4 * steps * d_size) : 0);
+  }
+  void take(Scratch& s, int64_t steps) {
+    tiles = s.take<A>(steps * tile);
+    spikes = s.take<bool>(steps);
+    over_n = s.take<uint32_t>(kBits<A> ? steps * n_size : 0);
+    over_d = s.take<uint32_t>(kBits<A> ? steps * d_size : 0);
+  }
+  A* at(int64_t step) const { return tiles + step * tile; }
+  Bits bits(int64_t step) const { return {over_n + step * n_size, over_d + step * d_size, n_ld, d_ld}; }
 };
 
 template <class A, class P>
@@ -446,66 +211,82 @@ struct Head {
   const AttentionShape& s;
   Chunk<A> chunk;
   const int64_t kv_ld, kv_size;
-  uint64_t* bits = nullptr;  // [D, kWords] of k and [kWords, kv_ld] of v
 
-  explicit Head(const P& p) : p(p), s(p.shape), chunk(p.shape), kv_ld(padded(s.D)), kv_size(s.D * kv_ld) {}
+  explicit Head(const P& p) : p(p), s(p.shape), chunk(p.shape), kv_ld(padded(s.D)), kv_size((s.D + 3) / 4 * 4 * kv_ld) {}
 
-  // What the scratch space of `bits` takes, in numbers.
-  int64_t bits_size() const { return 2 * kWords * (s.D + kv_ld); }
-  // Spikes of step t of an operand into s; from currents also its potentials v, and h unless null.
-  void spikes(const SequenceIn& x, int64_t t, const Cell<A>& cell, A* v, A* h, A* out, A* row) const {
-    chunk.load(out, x, t);
-    if (s.currents) chunk.step(cell, out, A(1), v, h, out, row);
+  // Step t of x as step `at` of o; from currents through neurons of potentials v, kept in h unless null.
+  void read(const SequenceIn& x, int64_t t, const Cell<A>& cell, A* v, A* h, const Operand<A>& o, int64_t at) const {
+    A* const tile = o.at(at);
+    if constexpr (kBits<A>) {
+      o.spikes[at] = true;
+      const int64_t next = t + 1 < s.T ? x.step : x.head - t * x.step;  // mostly
+      if (s.currents) {
+        const Rows<const A*> from = chunk.rows(tile, x, t);
+        return step_bits(o.bits(at), cell.hard, from.data, from.row, next, v, h, chunk.ld, cell.decay, cell.gain, cell.c, s.D,
+                         chunk.n);
+      }
+      if (s.packed && x.column == 1)
+        return to_bits(o.bits(at), static_cast<const uint8_t*>(x.data) + chunk.offset(x, t), int(t % 8), x.row, s.D, chunk.n);
+      const Rows<const A*> from = chunk.rows(tile, x, t);
+      if (to_bits(o.bits(at), from.data, from.row, next, s.D, chunk.n)) return;
+    }
+    o.spikes[at] = false;
+    chunk.load(tile, x, t);
+    if (s.currents) chunk.step(cell, tile, A(1), v, h, Rows<A*>{tile, chunk.ld});
   }
-  // kv[t, d, e] = sum over n of k[d, n] v[e, n], for every t.
-  void key_value(const Cell<A>& cell, A* kv, A* k, A* v, A* k_state, A* v_state, A* row) {
+  // Step t of x as a tile, after `read`; never from currents, which are all spikes or all tiles.
+  const A* whole(const SequenceIn& x, int64_t t, const Operand<A>& o, int64_t at) const {
+    if (o.spikes[at]) chunk.load(o.at(at), x, t);
+    return o.at(at);
+  }
+  // Step t of k and v; k_h and v_h: sequences for their potentials, or null.
+  void read_pair(const Cell<A>& cell, const Operand<A>& k, const Operand<A>& v, int64_t t, int64_t at, A* k_state, A* v_state,
+                 A* k_h, A* v_h) const {
+    read(p.k, t, cell, k_state, k_h ? k_h + t * chunk.tile : nullptr, k, at);
+    read(p.v, t, cell, v_state, v_h ? v_h + t * chunk.tile : nullptr, v, at);
+  }
+  // kv[t, d, e] = sum over n of k[d, n] v[e, n], for every t. With `keep`, N is one chunk, whose operands stay as steps of k
+  // and v, and their potentials in k_h and v_h unless null.
+  void key_values(const Cell<A>& cell, A* kv, const Operand<A>& k, const Operand<A>& v, A* k_state, A* v_state, bool keep = false,
+                  A* k_h = nullptr, A* v_h = nullptr) {
     for (int64_t first = 0; first < s.N; first += chunk.size) {
       chunk.at(first);
-      if (s.currents) {
-        chunk.rest(k_state, cell);
-        chunk.rest(v_state, cell);
-      }
+      chunk.rest(k_state, cell);
+      chunk.rest(v_state, cell);
       for (int64_t t = 0; t < s.T; ++t) {
+        const int64_t at = keep ? t : 0;
+        read_pair(cell, k, v, t, at, k_state, v_state, keep ? k_h : nullptr, keep ? v_h : nullptr);
         A* const out = kv + t * kv_size;
-        if (count(t, cell, out, k, v, k_state, v_state, row, first > 0)) continue;
-        if (!s.currents) {
-          chunk.load(k, p.k, t);
-          chunk.load(v, p.v, t);
+        if constexpr (kBits<A>) {
+          if (k.spikes[at] && v.spikes[at]) {
+            count_bits(k.bits(at), v.bits(at), s.D, chunk.n, out, kv_ld, first > 0);
+            continue;
+          }
         }
-        dots(k, v, chunk.ld, padded(chunk.n), s.D, out, kv_ld, first > 0);
+        dots(whole(p.k, t, k, at), whole(p.v, t, v, at), chunk.ld, padded(chunk.n), s.D, out, kv_ld, first > 0);
       }
     }
   }
-  // The same by bits, where k and v hold spikes; from currents their tiles do, afterwards, whatever this returns.
-  bool count(int64_t t, const Cell<A>& cell, A* kv, A* k, A* v, A* k_state, A* v_state, A* row, bool add) const {
-    if (s.currents) {
-      spikes(p.k, t, cell, k_state, nullptr, k, row);
-      spikes(p.v, t, cell, v_state, nullptr, v, row);
-    }
-    return count_spikes(t, kv, k, v, add);
+  // c[r, n] = sum over i of a[r, i] o[i, n].
+  void times(const A* a, int64_t row, int64_t column, const Operand<A>& o, int64_t at, Rows<A*> c) const {
+    if constexpr (kBits<A>)
+      if (o.spikes[at]) {
+        const Bits b = o.bits(at);
+        return spike_product(a, row, column, s.D, s.D, b.over_d, b.d_ld, c.data, c.row, chunk.n, false);
+      }
+    product(a, row, column, s.D, s.D, static_cast<const A*>(o.at(at)), chunk.ld, c.data, c.row, chunk.n);
   }
-  bool count_spikes(int64_t, double*, double*, double*, bool) const { return false; }
-  bool count_spikes(int64_t t, float* kv, float* k, float* v, bool add) const {
-#if defined(__AVX512F__)
-    if (!bits || !counts_bits()) return false;
-    uint64_t *const k_bits = bits, *const v_bits = bits + s.D * kWords;
-    return read_bits(k_bits, kWords, 1, p.k, t, k) && read_bits(v_bits, 1, kv_ld, p.v, t, v) &&
-           (count_bits(k_bits, v_bits, s.D, int((chunk.n + 63) / 64), kv, kv_ld, add), true);
-#else
-    (void)t, (void)kv, (void)k, (void)v, (void)add;
-    return false;
-#endif
+  // out[r, i] (+)= sum over n of g[r, n] o[i, n].
+  void outer(A* g, const Operand<A>& o, int64_t at, A* out) const {
+    const bool add = chunk.first > 0;
+    if constexpr (kBits<A>)
+      if (o.spikes[at]) {
+        const Bits b = o.bits(at);
+        return spike_product(g, chunk.ld, 1, s.D, chunk.n, b.over_n, b.n_ld, out, kv_ld, s.D, add);
+      }
+    chunk.pad(g);
+    dots(g, static_cast<const A*>(o.at(at)), chunk.ld, padded(chunk.n), s.D, out, kv_ld, add);
   }
-#if defined(__AVX512F__)
-  bool read_bits(uint64_t* out, int64_t row_step, int64_t word_step, const SequenceIn& x, int64_t t, float* tile) const {
-    const bool direct = !s.currents && !s.packed && s.dtype == DType::f32 && x.column == 1;
-    if (!direct && !s.currents) chunk.load(tile, x, t);
-    const float* const from = direct ? static_cast<const float*>(x.data) + chunk.offset(x, t) : tile;
-    return to_bits(out, row_step, word_step, from, direct ? x.row : chunk.ld, s.D, chunk.n);
-  }
-#endif
-  // y[e, n] = sum over d of kv[d, e] q[d, n].
-  void query(const A* kv, const A* q, A* y) const { product(kv, 1, kv_ld, s.D, s.D, q, y, chunk.ld, padded(chunk.n)); }
 };
 
 template <class A>
@@ -513,24 +294,27 @@ int forward(const SpikingSelfAttentionFwd& p, int64_t begin, int64_t end) {
   Head<A, SpikingSelfAttentionFwd> head(p);
   Chunk<A>& chunk = head.chunk;
   const AttentionShape& s = p.shape;
-  Scratch<A> scratch(head.bits_size() + s.T * head.kv_size + 4 * chunk.tile + chunk.ld);
+  Operand<A> one(chunk), two(chunk);
+  Scratch scratch(one.bytes(1) + two.bytes(1) + Scratch::rounded(s.T * head.kv_size * sizeof(A)) +
+                  2 * Scratch::rounded(chunk.tile * sizeof(A)));
   if (!scratch.base) return kOutOfMemory;
-  A *const kv = scratch.take(s.T * head.kv_size), *const one = scratch.take(chunk.tile), *const two = scratch.take(chunk.tile),
-           *const state1 = scratch.take(chunk.tile), *const state2 = scratch.take(chunk.tile), *const row = scratch.take(chunk.ld);
-  head.bits = reinterpret_cast<uint64_t*>(scratch.take(head.bits_size()));
+  one.take(scratch, 1), two.take(scratch, 1);
+  A *const kv = scratch.take<A>(s.T * head.kv_size), *const state1 = scratch.take<A>(chunk.tile),
+           *const state2 = scratch.take<A>(chunk.tile), *const y = two.tiles;
   for (int64_t i = begin; i < end; ++i) {
     chunk.at_head(i);
     const Cell<A> attn(p.attn, chunk.head), qkv(p.qkv, chunk.head);
-    head.key_value(qkv, kv, one, two, state1, state2, row);
+    head.key_values(qkv, kv, one, two, state1, state2);
     for (int64_t first = 0; first < s.N; first += chunk.size) {
       chunk.at(first);
       chunk.rest(state1, qkv);
       chunk.rest(state2, attn);
       for (int64_t t = 0; t < s.T; ++t) {
-        head.spikes(p.q, t, qkv, state1, nullptr, one, row);
-        head.query(kv + t * head.kv_size, one, two);
-        chunk.step(attn, two, A(s.scale), state2, nullptr, two, row);
-        chunk.store(p.out, t, two);
+        head.read(p.q, t, qkv, state1, nullptr, one, 0);
+        head.times(kv + t * head.kv_size, 1, head.kv_ld, one, 0, {y, chunk.ld});
+        const Rows<A*> out = chunk.target(y, p.out, t);
+        chunk.step(attn, y, A(s.scale), state2, nullptr, out);
+        chunk.put(p.out, t, out);
       }
     }
   }
@@ -542,72 +326,82 @@ int backward(const SpikingSelfAttentionBwd& p, int64_t begin, int64_t end) {
   Head<A, SpikingSelfAttentionBwd> head(p);
   Chunk<A>& chunk = head.chunk;
   const AttentionShape& s = p.shape;
-  const int64_t tile = chunk.tile, sequence = s.T * tile;
-  Scratch<A> scratch(head.bits_size() + 2 * s.T * head.kv_size + 4 * sequence + 4 * tile + 2 * chunk.ld);
+  const int64_t tile = chunk.tile, sequence = s.T * tile, ld = head.kv_ld;
+  // Where N is one chunk, k and v are read once.
+  const bool keep = chunk.size == s.N, keep_h = keep && s.currents;
+  Operand<A> q(chunk), k(chunk), v(chunk);
+  Scratch scratch(3 * q.bytes(s.T) + 2 * Scratch::rounded(s.T * head.kv_size * sizeof(A)) +
+                  (keep_h ? 5 : 3) * Scratch::rounded(sequence * sizeof(A)) + 4 * Scratch::rounded(tile * sizeof(A)) +
+                  Scratch::rounded(2 * chunk.ld * sizeof(A)));
   if (!scratch.base) return kOutOfMemory;
-  A *const kv = scratch.take(s.T * head.kv_size), *const g_kv = scratch.take(s.T * head.kv_size);
-  // Two operands over time and the potentials of two neurons; gradients, or two states while time goes forward.
-  A *const one = scratch.take(sequence), *const two = scratch.take(sequence), *const h_one = scratch.take(sequence),
-           *const h_two = scratch.take(sequence), *const g_one = scratch.take(tile), *const g_two = scratch.take(tile),
-           *const state1 = scratch.take(tile), *const state2 = scratch.take(tile), *const rows = scratch.take(2 * chunk.ld);
-  head.bits = reinterpret_cast<uint64_t*>(scratch.take(head.bits_size()));
+  q.take(scratch, s.T), k.take(scratch, s.T), v.take(scratch, s.T);
+  A *const kv = scratch.take<A>(s.T * head.kv_size), *const g_kv = scratch.take<A>(s.T * head.kv_size);
+  // k^T v q over time, the potentials of neurons; gradients, or two states while time goes forward.
+  A *const ys = scratch.take<A>(sequence), *const h_y = scratch.take<A>(sequence), *const h_q = scratch.take<A>(sequence),
+           *const h_k = keep_h ? scratch.take<A>(sequence) : h_y, *const h_v = keep_h ? scratch.take<A>(sequence) : h_q,
+           *const g_one = scratch.take<A>(tile), *const g_two = scratch.take<A>(tile), *const state1 = scratch.take<A>(tile),
+           *const state2 = scratch.take<A>(tile), *const rows = scratch.take<A>(2 * chunk.ld);
   const bool qkv_gain = s.currents && p.g_qkv_gain, qkv_decay = s.currents && p.g_qkv_decay;
 
   for (int64_t i = begin; i < end; ++i) {
     chunk.at_head(i);
     const Cell<A> attn(p.attn, chunk.head), qkv(p.qkv, chunk.head);
     Sum g_decay, g_gain, g_qkv_decay, g_qkv_gain;
-    // From the gradient of an operand's spikes in g to that of the operand; h: its potentials, g_v: of its potential.
-    const auto finish = [&](const SequenceIn& x, const SequenceOut& g_x, int64_t t, const A* h, A* g_v, A* g, A* current) {
-      if (s.currents) {
-        if (qkv_gain) chunk.load(current, x, t);
-        chunk.back(qkv, h + t * tile, t ? h + (t - 1) * tile : nullptr, current, A(1), g_v, g, rows,
-                   qkv_decay ? &g_qkv_decay : nullptr, qkv_gain ? &g_qkv_gain : nullptr);
-      }
-      chunk.store(g_x, t, g);
+    // From the gradient g of an operand's spikes to that of the operand; h: its potentials, g_v: of its potential; `current`
+    // is a tile to use.
+    const auto finish = [&](const SequenceIn& x, const SequenceOut& g_x, int64_t t, const A* h, A* g_v, Rows<A*> g, A* current) {
+      if (!s.currents) return chunk.put(g_x, t, g);
+      const Rows<const A*> from = qkv_gain ? chunk.rows(current, x, t) : Rows<const A*>{current, chunk.ld};
+      const Rows<A*> to = chunk.target(g.data, g_x, t);
+      chunk.back(qkv, h + t * tile, t ? h + (t - 1) * tile : nullptr, from, A(1), g_v, {g.data, g.row}, to, rows,
+                 qkv_decay ? &g_qkv_decay : nullptr, qkv_gain ? &g_qkv_gain : nullptr);
+      chunk.put(g_x, t, to);
+    };
+    // Where a product goes that `finish` takes.
+    const auto place = [&](A* g, const SequenceOut& g_x, int64_t t) {
+      return !s.currents ? chunk.target(g, g_x, t) : Rows<A*>{g, chunk.ld};
     };
 
-    head.key_value(qkv, kv, one, two, state1, state2, rows);
+    head.key_values(qkv, kv, k, v, state1, state2, keep, h_k, h_v);
     for (int64_t first = 0; first < s.N; first += chunk.size) {
       chunk.at(first);
       chunk.rest(state1, qkv);
       chunk.rest(state2, attn);
       for (int64_t t = 0; t < s.T; ++t) {
-        A *const q = one + t * tile, *const y = two + t * tile;
-        head.spikes(p.q, t, qkv, state1, h_two + t * tile, q, rows);
-        head.query(kv + t * head.kv_size, q, y);
-        chunk.step(attn, y, A(s.scale), state2, h_one + t * tile, g_one, rows);
+        A* const y = ys + t * tile;
+        head.read(p.q, t, qkv, state1, h_q + t * tile, q, t);
+        head.times(kv + t * head.kv_size, 1, ld, q, t, {y, chunk.ld});
+        chunk.step(attn, y, A(s.scale), state2, h_y + t * tile, {g_one, chunk.ld});
       }
       memset(state1, 0, size_t(tile) * sizeof(A));
       memset(state2, 0, size_t(tile) * sizeof(A));
       for (int64_t t = s.T - 1; t >= 0; --t) {
-        A *const q = one + t * tile, *const y = two + t * tile;
-        chunk.load(g_one, p.g_out, t);
-        chunk.back(attn, h_one + t * tile, t ? h_one + (t - 1) * tile : nullptr, y, A(s.scale), state2, g_one, rows,
-                   p.g_decay ? &g_decay : nullptr, p.g_gain ? &g_gain : nullptr);
-        dots(q, g_one, chunk.ld, padded(chunk.n), s.D, g_kv + t * head.kv_size, head.kv_ld, first > 0);
-        product(kv + t * head.kv_size, head.kv_ld, 1, s.D, s.D, g_one, g_two, chunk.ld, padded(chunk.n));
-        finish(p.q, p.g_q, t, h_two, state1, g_two, y);
+        A* const y = ys + t * tile;
+        chunk.back(attn, h_y + t * tile, t ? h_y + (t - 1) * tile : nullptr, {y, chunk.ld}, A(s.scale), state2,
+                   chunk.rows(g_one, p.g_out, t), {g_one, chunk.ld}, rows, p.g_decay ? &g_decay : nullptr,
+                   p.g_gain ? &g_gain : nullptr);
+        head.outer(g_one, q, t, g_kv + t * head.kv_size);  // [e, d]
+        const Rows<A*> g_q = place(g_two, p.g_q, t);
+        product(kv + t * head.kv_size, ld, 1, s.D, s.D, static_cast<const A*>(g_one), chunk.ld, g_q.data, g_q.row, chunk.n);
+        finish(p.q, p.g_q, t, h_q, state1, g_q, y);
       }
     }
     for (int64_t first = 0; first < s.N; first += chunk.size) {
       chunk.at(first);
-      if (s.currents) {
+      if (!keep) {
         chunk.rest(state1, qkv);
         chunk.rest(state2, qkv);
-      }
-      for (int64_t t = 0; t < s.T; ++t) {
-        head.spikes(p.k, t, qkv, state1, h_one + t * tile, one + t * tile, rows);
-        head.spikes(p.v, t, qkv, state2, h_two + t * tile, two + t * tile, rows);
+        for (int64_t t = 0; t < s.T; ++t) head.read_pair(qkv, k, v, t, t, state1, state2, h_k, h_v);
       }
       memset(state1, 0, size_t(tile) * sizeof(A));
       memset(state2, 0, size_t(tile) * sizeof(A));
       for (int64_t t = s.T - 1; t >= 0; --t) {
-        A *const k = one + t * tile, *const v = two + t * tile, *const g = g_kv + t * head.kv_size;
-        product(g, head.kv_ld, 1, s.D, s.D, v, g_one, chunk.ld, padded(chunk.n));
-        product(g, 1, head.kv_ld, s.D, s.D, k, g_two, chunk.ld, padded(chunk.n));
-        finish(p.k, p.g_k, t, h_one, state1, g_one, k);
-        finish(p.v, p.g_v, t, h_two, state2, g_two, v);
+        const A* const g = g_kv + t * head.kv_size;
+        const Rows<A*> g_k = place(g_one, p.g_k, t), g_v = place(g_two, p.g_v, t);
+        head.times(g, 1, ld, v, t, g_k);
+        head.times(g, ld, 1, k, t, g_v);
+        finish(p.k, p.g_k, t, h_k, state1, g_k, k.at(t));
+        finish(p.v, p.g_v, t, h_v, state2, g_v, v.at(t));
       }
     }
     g_decay.store<A>(p.g_decay, i);

@@ -218,7 +218,7 @@ __global__ void __launch_bounds__(kBlock)
 
 // As forward, leaving h in g_y: [B, H, T, D, N]; then back through time, which puts the gradient of y there. Sums of the
 // parameters' gradients of a block go to partial: [2, B * H, blocks of a head].
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 1)  // else registers spill on sm_80
     ssa_bwd_neuron_kernel(const SpikingSelfAttentionBwd p, const Operand q, const Neuron<float> c, const float* kv, float* g_y,
                           double* partial) {
   SPK_SHARED(float, a, [kDepth][kTile]);

@@ -1,6 +1,12 @@
-"""spiking_self_attention by lif's Triton kernels; test_spiking_self_attention_triton.py runs it interpreting."""
+"""spiking_self_attention by lif's Triton kernels; test_spiking_self_attention_triton.py runs it interpreting.
 
+The operator launches no Triton kernel but lif's, whose own accesses interpreted_lif.py guards. Here, under the same
+guard, how they are put together is checked: spikes, gradients, and mistakes planted in the composition.
+"""
+
+import importlib.util
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,3 +39,38 @@ def test_a_difference_is_seen():
     assert not torch.equal(wrong.op(**sample.arguments)[0], CASE.op(**sample.arguments)[0])
     with pytest.raises(AssertionError, match="gradient of"):
         check_gradients(wrong, sample)
+
+
+# ---- planted mistakes
+
+DEFECTS = {
+    "kv not turned": ("(b_k @ b_v.mT).mT @ b_q", "(b_k @ b_v.mT) @ b_q", "spikes"),
+    "no scale in forward": ("y = scale * (", "y = (", "spikes"),
+    "packed spikes of floats": ("attn, T > 0)", "attn, T >= 0)", "spikes"),
+    "the channel is the batch": ("int(kind), a, b, 2", "int(kind), a, b, 1", "spikes|must be"),
+    "no scale in backward": ("g_y = scale * g_u", "g_y = g_u", "gradient of"),
+    "gradients exchanged": ("g_kv @ b_v, g_kv.mT @ b_k", "g_kv.mT @ b_k, g_kv @ b_v", "gradient of"),
+    "the parameters of one operand": ("sum(r[1] for r in results)", "results[0][1]", "gradient of"),
+}
+
+
+def check(case, sample):
+    got, want = case.op(**sample.arguments)[0], CASE.op(**sample.arguments)[0]
+    assert torch.equal(got, want), "spikes"
+    check_gradients(case, sample)
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_planted_mistake_is_found(tmp_path, defect):
+    old, new, message = DEFECTS[defect]
+    source = Path(module.__file__).read_text()
+    assert old in source, f"the composition no longer contains {old!r}"
+    path = tmp_path / "planted.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("planted", path)
+    planted = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(planted)
+    sample = CASE.sample("currents, heads")
+    with pytest.raises(Exception, match=message):
+        check(replace(CASE, op=through("spiking_self_attention", planted)), sample)
+    check(TRITON, sample)

@@ -66,8 +66,9 @@ void compare(const char* what, const Array& got, const Numbers& want, int64_t ga
 void check(const Kernels& k, int index) {
   const DType dtype = DType(index % 4);
   const bool currents = coin();
-  const int64_t T = 1 + below(2), B = 1 + below(2), H = 1 + below(2), D = 1 + below(index % 9 ? 6 : 19), N = 1 + below(40);
-  const int64_t gap = 1 + below(2), n = T * B * H * D * N;  // gap: of the operands' columns
+  const int64_t T = 1 + below(2), B = 1 + below(2), H = 1 + below(2), D = 1 + below(index % 9 ? 6 : 40);
+  const int64_t N = index % 11 ? 1 + below(40) : 250 + below(40);  // chunks are of 256 columns at most
+  const int64_t gap = 1 + below(2), n = T * B * H * D * N;         // gap: of the operands' columns
   char line[160];
   snprintf(line, sizeof line, "%s %s currents=%d T=%d B=%d H=%d D=%d N=%d gap=%d", kIsaNames[int(k.isa)], name_of(dtype), currents,
            int(T), int(B), int(H), int(D), int(N), int(gap));
