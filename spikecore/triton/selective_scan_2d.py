@@ -13,42 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from spikecore.triton.lif import _exp
+from spikecore.triton.selective_scan import _exp, _sigmoid, _softplus
 
 INTERPRET = triton.knobs.runtime.interpret
 CHUNK = 64  # places
 FWD_CHANNELS, BWD_CHANNELS = 4, 16  # of a program; backward adds up their parts in the gradients of B and C
 FWD_WARPS, BWD_WARPS = 4, 8  # with 4, backward spills
-
-
-@triton.jit
-def _decay(dt, A):
-    # csrc/selective_scan/scan.h's decay: exp(dt A), never infinite.
-    x = dt * A
-    x = tl.where(x < -88.029686, -88.029686, x)
-    x = tl.where(x > 88.72283, 88.72283, x)
-    m = x * 1.44269504 + 12582912.0
-    n = m - 12582912.0
-    r = (x - n * 0.693359375) - n * -2.12194440e-4
-    p = r * 1.381460204e-3 + 8.368715202e-3
-    p = p * r + 4.166838788e-2
-    p = p * r + 1.666652065e-1
-    p = p * r + 4.999999345e-1
-    p = p * r + 1.0
-    p = p * r + 1.0
-    return (p.to(tl.int32, bitcast=True) + (m.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _softplus(x):
-    # csrc/selective_scan/scan.h's softplus.
-    e = _exp(-tl.abs(x))
-    s = e / (2 + e)
-    t = s * s
-    p = t * 2.8011985677e-1 + 2.8001805513e-1
-    p = p * t + 4.0021527224e-1
-    p = p * t + 6.6666416286e-1
-    return tl.where(x > 0, x, 0.0) + (p * (t * s) + 2 * s)
 
 
 @triton.jit
@@ -130,7 +100,7 @@ def selective_scan_2d_fwd_kernel(
                 A = tl.load(p_A + kc * S + s, mask=live, other=0.0)
                 into = tl.load(p_B + (bk * S + s) * L + at, mask=within, other=0.0).to(tl.float32)
                 out = tl.load(p_C + (bk * S + s) * L + at, mask=within, other=0.0).to(tl.float32)
-                a, x = tl.associative_scan((_decay(dt, A), dt * u * into), 1, _join)
+                a, x = tl.associative_scan((_exp(dt * A), dt * u * into), 1, _join)
                 h = a * _of_state(carried, s, BS) + x
                 y += h * out
                 carried = _with_state(carried, s, _at_lane(h, BL - 1, BL), BS)
@@ -185,7 +155,7 @@ def selective_scan_2d_bwd_kernel(
             for s in range(S):
                 A = tl.load(p_A + kc * S + s, mask=live, other=0.0)
                 into = tl.load(p_B + (bk * S + s) * L + at, mask=l < L, other=0.0).to(tl.float32)
-                a, x = tl.associative_scan((_decay(dt, A), dt * u * into), 1, _join)
+                a, x = tl.associative_scan((_exp(dt * A), dt * u * into), 1, _join)
                 h = a * _of_state(carried, s, BS) + x
                 carried = _with_state(carried, s, _at_lane(h, BL - 1, BL), BS)
         tl.debug_barrier()  # starts are read by other threads
@@ -219,12 +189,12 @@ def selective_scan_2d_bwd_kernel(
                 out = tl.load(p_out + at, mask=l < L, other=0.0).to(tl.float32)
                 into_before = tl.load(p_into + at_before, mask=has_before, other=0.0).to(tl.float32)
                 out_after = tl.load(p_out + at_after, mask=has_after, other=0.0).to(tl.float32)
-                a = _decay(dt, A)
-                step = (_decay(dt_before, A), dt_before * u_before * into_before)
+                a = _exp(dt * A)
+                step = (_exp(dt_before * A), dt_before * u_before * into_before)
                 before_a, before_x = tl.associative_scan(step, 1, _join)
                 before = before_a * _of_state(start, s, BS) + before_x
                 h = a * before + dt * u * into
-                a_after = _decay(dt_after, A)
+                a_after = _exp(dt_after * A)
                 step = (a_after, a_after * (out_after * g_after))
                 after_a, after_x = tl.associative_scan(step, 1, _join, reverse=True)
                 g_h = after_a * _of_state(g_carried, s, BS) + after_x + out * g
@@ -240,7 +210,7 @@ def selective_scan_2d_bwd_kernel(
                 tl.store(p_g_C + part, total_C, mask=l < L)
             g_delta = g_decays + g_steps * u
             if POSITIVE:
-                g_delta = g_delta / (1 + _exp(-z))
+                g_delta = g_delta * _sigmoid(z)
             g_delta = tl.where(mask, g_delta, 0.0)
             g_bias += tl.sum(g_delta, 1)[:, None]
             tl.store(p_g_delta + (bk * C + c) * L + at, g_delta.to(p_g_delta.dtype.element_ty), mask=mask)
