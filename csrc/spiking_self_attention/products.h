@@ -24,54 +24,84 @@ inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 
 // Tiles of accumulators that fit the registers; no result depends on them.
 #if defined(__AVX512F__)
-constexpr int kRows = 8, kVectors = 3, kDotRows = 4, kDotColumns = 4;
+constexpr int kRows = 8, kVectors = 3, kDotRows = 4, kDotColumns = 4, kFourRows = 4, kFourVectors = 2;
 #elif defined(__AVX2__) || defined(__aarch64__)
-constexpr int kRows = 4, kVectors = 1, kDotRows = 2, kDotColumns = 2;
+constexpr int kRows = 4, kVectors = 1, kDotRows = 2, kDotColumns = 2, kFourRows = 2, kFourVectors = 1;
 #else
-constexpr int kRows = 2, kVectors = 1, kDotRows = 1, kDotColumns = 2;
+constexpr int kRows = 2, kVectors = 1, kDotRows = 1, kDotColumns = 2, kFourRows = 1, kFourVectors = 1;
 #endif
 
-// c[r, n] = sum over k of a[r, k] b[k, n], k ascending; a's strides are free. Of c, n columns are written.
-template <int R, int W, class A>
-inline void product_tile(const A* a, int64_t row, int64_t column, int64_t K, const A* b, int64_t b_ld, A* c, int64_t ld,
-                         int64_t n) {
+// c[r, n] = sum over k of a[r, k] b[k, n], k ascending, or FOUR products at a time and then their sums; a's strides are
+// free. Of c, n columns are written, or added to.
+template <bool FOUR, int R, int W, class A>
+inline void product_tile(const A* a, int64_t row, int64_t column, int64_t K, const A* b, int64_t b_ld, A* c, int64_t ld, int64_t n,
+                         bool add) {
   using V = typename Lanes<A>::type;
   using Anywhere = typename Lanes<A>::anywhere;
   V sum[R][W] = {};
-  for (int64_t k = 0; k < K; ++k) {
-    const V* in = reinterpret_cast<const V*>(b + k * b_ld);
-    SPK_UNROLL
-    for (int r = 0; r < R; ++r) {
+  for (int64_t k = 0; k < K;) {
+    V four[R][W] = {};
+    const int64_t end = FOUR && k + 4 < K ? k + 4 : FOUR ? K : k + 1;
+    for (; k < end; ++k) {
+      const V* in = reinterpret_cast<const V*>(b + k * b_ld);
       SPK_UNROLL
-      for (int w = 0; w < W; ++w) sum[r][w] += a[r * row + k * column] * in[w];
+      for (int r = 0; r < R; ++r) {
+        SPK_UNROLL
+        for (int w = 0; w < W; ++w) (FOUR ? four : sum)[r][w] += a[r * row + k * column] * in[w];
+      }
+    }
+    if (FOUR) {
+      SPK_UNROLL
+      for (int r = 0; r < R; ++r) {
+        SPK_UNROLL
+        for (int w = 0; w < W; ++w) sum[r][w] += four[r][w];
+      }
     }
   }
   SPK_UNROLL
   for (int r = 0; r < R; ++r) {
     SPK_UNROLL
-    for (int w = 0; w < W; ++w)
-      if (W > 1 || n >= Lanes<A>::count)
-        reinterpret_cast<Anywhere*>(c + r * ld)[w] = sum[r][w];
-      else
-        memcpy(c + r * ld, &sum[r][w], size_t(n) * sizeof(A));
+    for (int w = 0; w < W; ++w) {
+      A* const to = c + r * ld + w * Lanes<A>::count;
+      if (W > 1 || n >= Lanes<A>::count) {
+        Anywhere* const d = reinterpret_cast<Anywhere*>(to);
+        *d = add ? *d + sum[r][w] : sum[r][w];
+      } else if (add) {
+        for (int i = 0; i < n; ++i) to[i] += sum[r][w][i];
+      } else {
+        memcpy(to, &sum[r][w], size_t(n) * sizeof(A));
+      }
+    }
   }
 }
 
 // W > 1: n >= W whole vectors.
-template <int W, class A>
+template <bool FOUR, int W, class A>
 SPK_NOINLINE void product_panel(const A* a, int64_t row, int64_t column, int64_t M, int64_t K, const A* b, int64_t b_ld, A* c,
-                                int64_t ld, int64_t n) {
+                                int64_t ld, int64_t n, bool add) {
+  constexpr int R = FOUR ? kFourRows : kRows;
   int64_t r = 0;
-  for (; r + kRows <= M; r += kRows) product_tile<kRows, W>(a + r * row, row, column, K, b, b_ld, c + r * ld, ld, n);
-  for (; r < M; ++r) product_tile<1, W>(a + r * row, row, column, K, b, b_ld, c + r * ld, ld, n);
+  for (; r + R <= M; r += R) product_tile<FOUR, R, W>(a + r * row, row, column, K, b, b_ld, c + r * ld, ld, n, add);
+  for (; r < M; ++r) product_tile<FOUR, 1, W>(a + r * row, row, column, K, b, b_ld, c + r * ld, ld, n, add);
 }
 
-template <class A>
-void product(const A* a, int64_t row, int64_t column, int64_t M, int64_t K, const A* b, int64_t b_ld, A* c, int64_t ld, int64_t n) {
-  constexpr int L = Lanes<A>::count;
+template <bool FOUR, class A>
+void product(const A* a, int64_t row, int64_t column, int64_t M, int64_t K, const A* b, int64_t b_ld, A* c, int64_t ld, int64_t n,
+             bool add) {
+  constexpr int L = Lanes<A>::count, W = FOUR ? kFourVectors : kVectors;
   int64_t j = 0;
-  for (; j + kVectors * L <= n; j += kVectors * L) product_panel<kVectors>(a, row, column, M, K, b + j, b_ld, c + j, ld, n - j);
-  for (; j < n; j += L) product_panel<1>(a, row, column, M, K, b + j, b_ld, c + j, ld, n - j);
+  for (; j + W * L <= n; j += W * L) product_panel<FOUR, W>(a, row, column, M, K, b + j, b_ld, c + j, ld, n - j, add);
+  for (; j < n; j += L) product_panel<FOUR, 1>(a, row, column, M, K, b + j, b_ld, c + j, ld, n - j, add);
+}
+
+constexpr int64_t kSpikesAtOnce = 256;  // of which a product with spikes makes one sum
+
+// product, with the sums in the order of spike_product (spikes.h): the same bits where b holds spikes.
+template <class A>
+void product_by_four(const A* a, int64_t row, int64_t column, int64_t M, int64_t K, const A* b, int64_t b_ld, A* c, int64_t ld,
+                     int64_t n, bool add) {
+  for (int64_t k = 0; k < K; k += kSpikesAtOnce, add = true)
+    product<true>(a + k * column, row, column, M, K - k < kSpikesAtOnce ? K - k : kSpikesAtOnce, b + k * b_ld, b_ld, c, ld, n, add);
 }
 
 // out[r, c] (+)= sum over n of x[r, n] y[c, n]: lane by lane, then the lanes as a tree.

@@ -127,7 +127,7 @@ SPK_NOINLINE void count_bits(Bits x, Bits y, int64_t D, int64_t n, float* out, i
     }
 }
 
-constexpr int kTableRows = 4, kTableVectors = 5, kTables = 64;  // rows, vectors of a tile; tables of a row
+constexpr int kTableRows = 4, kTableVectors = 5, kTables = kSpikesAtOnce / 4;  // rows, vectors of a tile; tables of a row
 
 // tables[k, r]: entry i is the sum of a[r, 4 k + j] over the bits j of i.
 template <int R>

@@ -274,18 +274,20 @@ struct Head {
         const Bits b = o.bits(at);
         return spike_product(a, row, column, s.D, s.D, b.over_d, b.d_ld, c.data, c.row, chunk.n, false);
       }
-    product(a, row, column, s.D, s.D, static_cast<const A*>(o.at(at)), chunk.ld, c.data, c.row, chunk.n);
+    product_by_four(a, row, column, s.D, s.D, static_cast<const A*>(o.at(at)), chunk.ld, c.data, c.row, chunk.n, false);
   }
-  // out[r, i] (+)= sum over n of g[r, n] o[i, n].
-  void outer(A* g, const Operand<A>& o, int64_t at, A* out) const {
+  // out[r, i] (+)= sum over n of g[r, n] o[i, n]; `turned`: room for o, [chunk.size, kv_ld].
+  void outer(const A* g, const Operand<A>& o, int64_t at, A* out, A* turned) const {
     const bool add = chunk.first > 0;
     if constexpr (kBits<A>)
       if (o.spikes[at]) {
         const Bits b = o.bits(at);
         return spike_product(g, chunk.ld, 1, s.D, chunk.n, b.over_n, b.n_ld, out, kv_ld, s.D, add);
       }
-    chunk.pad(g);
-    dots(g, static_cast<const A*>(o.at(at)), chunk.ld, padded(chunk.n), s.D, out, kv_ld, add);
+    const A* const x = o.at(at);
+    for (int64_t r = 0; r < kv_ld; ++r)
+      for (int64_t i = 0; i < chunk.n; ++i) turned[i * kv_ld + r] = r < s.D ? x[r * chunk.ld + i] : A(0);
+    product_by_four(g, chunk.ld, 1, s.D, chunk.n, static_cast<const A*>(turned), kv_ld, out, kv_ld, s.D, add);
   }
 };
 
@@ -332,7 +334,7 @@ int backward(const SpikingSelfAttentionBwd& p, int64_t begin, int64_t end) {
   Operand<A> q(chunk), k(chunk), v(chunk);
   Scratch scratch(3 * q.bytes(s.T) + 2 * Scratch::rounded(s.T * head.kv_size * sizeof(A)) +
                   (keep_h ? 5 : 3) * Scratch::rounded(sequence * sizeof(A)) + 4 * Scratch::rounded(tile * sizeof(A)) +
-                  Scratch::rounded(2 * chunk.ld * sizeof(A)));
+                  Scratch::rounded(2 * chunk.ld * sizeof(A)) + Scratch::rounded(chunk.size * ld * sizeof(A)));
   if (!scratch.base) return kOutOfMemory;
   q.take(scratch, s.T), k.take(scratch, s.T), v.take(scratch, s.T);
   A *const kv = scratch.take<A>(s.T * head.kv_size), *const g_kv = scratch.take<A>(s.T * head.kv_size);
@@ -340,7 +342,8 @@ int backward(const SpikingSelfAttentionBwd& p, int64_t begin, int64_t end) {
   A *const ys = scratch.take<A>(sequence), *const h_y = scratch.take<A>(sequence), *const h_q = scratch.take<A>(sequence),
            *const h_k = keep_h ? scratch.take<A>(sequence) : h_y, *const h_v = keep_h ? scratch.take<A>(sequence) : h_q,
            *const g_one = scratch.take<A>(tile), *const g_two = scratch.take<A>(tile), *const state1 = scratch.take<A>(tile),
-           *const state2 = scratch.take<A>(tile), *const rows = scratch.take<A>(2 * chunk.ld);
+           *const state2 = scratch.take<A>(tile), *const rows = scratch.take<A>(2 * chunk.ld),
+           *const turned = scratch.take<A>(chunk.size * ld);
   const bool qkv_gain = s.currents && p.g_qkv_gain, qkv_decay = s.currents && p.g_qkv_decay;
 
   for (int64_t i = begin; i < end; ++i) {
@@ -380,9 +383,10 @@ int backward(const SpikingSelfAttentionBwd& p, int64_t begin, int64_t end) {
         chunk.back(attn, h_y + t * tile, t ? h_y + (t - 1) * tile : nullptr, {y, chunk.ld}, A(s.scale), state2,
                    chunk.rows(g_one, p.g_out, t), {g_one, chunk.ld}, rows, p.g_decay ? &g_decay : nullptr,
                    p.g_gain ? &g_gain : nullptr);
-        head.outer(g_one, q, t, g_kv + t * head.kv_size);  // [e, d]
+        head.outer(g_one, q, t, g_kv + t * head.kv_size, turned);  // [e, d]
         const Rows<A*> g_q = place(g_two, p.g_q, t);
-        product(kv + t * head.kv_size, ld, 1, s.D, s.D, static_cast<const A*>(g_one), chunk.ld, g_q.data, g_q.row, chunk.n);
+        product<false>(kv + t * head.kv_size, ld, 1, s.D, s.D, static_cast<const A*>(g_one), chunk.ld, g_q.data, g_q.row, chunk.n,
+                       false);
         finish(p.q, p.g_q, t, h_q, state1, g_q, y);
       }
     }
