@@ -1,5 +1,4 @@
-// Products of tiles of floats. Every sum has an order that only the sizes fix: products are multiplied and added apart, in
-// lanes of 64 bytes.
+// Products of tiles of floats. Every sum has an order that only the sizes fix: products are multiplied and added apart.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -12,11 +11,19 @@ namespace {
 // Accumulators stay in registers only where the loops over them are gone.
 #define SPK_UNROLL _Pragma("GCC unroll 16")
 
+// The machine's vector: wider ones are taken apart badly.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
 template <class A>
 struct Lanes {
-  static constexpr int count = 64 / sizeof(A);
-  typedef A type __attribute__((vector_size(64), may_alias));
-  typedef A anywhere __attribute__((vector_size(64), may_alias, aligned(sizeof(A))));
+  static constexpr int count = kVectorBytes / sizeof(A);
+  typedef A type __attribute__((vector_size(kVectorBytes), may_alias));
+  typedef A anywhere __attribute__((vector_size(kVectorBytes), may_alias, aligned(sizeof(A))));
 };
 
 constexpr int kPad = 16;  // rows of a tile are padded with zeros to whole lanes
@@ -25,10 +32,8 @@ inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
 // Tiles of accumulators that fit the registers; no result depends on them.
 #if defined(__AVX512F__)
 constexpr int kRows = 8, kVectors = 3, kDotRows = 4, kDotColumns = 4, kFourRows = 4, kFourVectors = 2;
-#elif defined(__AVX2__) || defined(__aarch64__)
-constexpr int kRows = 4, kVectors = 1, kDotRows = 2, kDotColumns = 2, kFourRows = 2, kFourVectors = 1;
 #else
-constexpr int kRows = 2, kVectors = 1, kDotRows = 1, kDotColumns = 2, kFourRows = 1, kFourVectors = 1;
+constexpr int kRows = 4, kVectors = 2, kDotRows = kVectorBytes / 16, kDotColumns = 2, kFourRows = 2, kFourVectors = 2;
 #endif
 
 // c[r, n] = sum over k of a[r, k] b[k, n], k ascending, or FOUR products at a time and then their sums; a's strides are
@@ -104,18 +109,22 @@ void product_by_four(const A* a, int64_t row, int64_t column, int64_t M, int64_t
     product<true>(a + k * column, row, column, M, K - k < kSpikesAtOnce ? K - k : kSpikesAtOnce, b + k * b_ld, b_ld, c, ld, n, add);
 }
 
-// out[r, c] (+)= sum over n of x[r, n] y[c, n]: lane by lane, then the lanes as a tree.
+// out[r, c] (+)= sum over n of x[r, n] y[c, n]: 64 bytes of lanes, one by one, then these as a tree.
 template <int R, int C, class A>
 inline void dot_tile(const A* x, const A* y, int64_t ld, int64_t n, A* out, int64_t out_ld, bool add) {
   using V = typename Lanes<A>::type;
-  constexpr int L = Lanes<A>::count;
-  V sum[R][C] = {};
+  constexpr int L = 64 / sizeof(A), parts = 64 / kVectorBytes;
+  V sum[R][C][parts] = {};
   for (int64_t j = 0; j < n; j += L) {
     SPK_UNROLL
-    for (int r = 0; r < R; ++r) {
+    for (int i = 0; i < parts; ++i) {
+      const int64_t at = j + i * Lanes<A>::count;
       SPK_UNROLL
-      for (int c = 0; c < C; ++c)
-        sum[r][c] += *reinterpret_cast<const V*>(x + r * ld + j) * *reinterpret_cast<const V*>(y + c * ld + j);
+      for (int r = 0; r < R; ++r) {
+        SPK_UNROLL
+        for (int c = 0; c < C; ++c)
+          sum[r][c][i] += *reinterpret_cast<const V*>(x + r * ld + at) * *reinterpret_cast<const V*>(y + c * ld + at);
+      }
     }
   }
   alignas(64) A s[R * C * L];
@@ -130,7 +139,7 @@ inline void dot_tile(const A* x, const A* y, int64_t ld, int64_t n, A* out, int6
     typedef float F __attribute__((vector_size(64), may_alias));
     F m[16];
     SPK_UNROLL
-    for (int i = 0; i < 16; ++i) m[i] = (F)sum[i / C][i % C];
+    for (int i = 0; i < 16; ++i) m[i] = (F)sum[i / C][i % C][0];
     SPK_UNROLL
     for (int level = 0, width = 8; level < 4; ++level, width /= 2) {
       const I high = low[level] + width;
@@ -149,7 +158,10 @@ inline void dot_tile(const A* x, const A* y, int64_t ld, int64_t n, A* out, int6
   SPK_UNROLL
   for (int r = 0; r < R; ++r) {
     SPK_UNROLL
-    for (int c = 0; c < C; ++c) reinterpret_cast<V*>(s)[r * C + c] = sum[r][c];
+    for (int c = 0; c < C; ++c) {
+      SPK_UNROLL
+      for (int i = 0; i < parts; ++i) reinterpret_cast<V*>(s)[(r * C + c) * parts + i] = sum[r][c][i];
+    }
   }
   for (int i = 0; i < R * C; ++i) {
     A* const lane = s + i * L;
