@@ -63,7 +63,7 @@ def test_kernels_under_asan_and_ubsan(op, tmp_path):
         ("codebook_lookup", "if (row.count == kKept) settle", "if (row.count > kKept) settle", "runtime error"),
         ("codebook_lookup", "p.order[i] * p.g_step + d", "i * p.g_step + d", r": sum\["),
         ("spiking_self_attention", "= hi >= c.fire_at", "= hi > c.fire_at", r": out\["),
-        ("spiking_self_attention", "k < K; ++k", "k < K - (K > 1); ++k", r": out\["),
+        ("spiking_self_attention", "a[r * row + k * column] * in", "a[r * row + k] * in", r": out\["),
         ("spiking_self_attention", "g_v[i + j] = decay * gi;", "g_v[i + j] = decay * from[j];", r": g_q\["),
         ("spiking_self_attention", "load_row(d, s, int(n));", "load_row(d, s, int(n) + 1);", "AddressSanitizer"),
         ("spiking_self_attention avx512", "t, 0xff00, t,", "t, 0xfe00, t,", r": g_k\["),
