@@ -4,8 +4,9 @@
 if __name__ != "spikecore.models":
     raise ImportError(f"this package is spikecore.models; write `import spikecore.models`, not `import {__name__}`")
 
-from spikecore.models._checkpoint import load_checkpoint
+from spikecore.models._checkpoint import convert_checkpoint, load_checkpoint
 from spikecore.models._registry import create_model, list_models, register_model
+from spikecore.models._timm import register_in_timm
 from spikecore.models.ecsnn import ECSNN, Fusion
 from spikecore.models.ms_resnet import MSResNet
 from spikecore.models.qkformer import QKFormer
@@ -18,6 +19,8 @@ from spikecore.models.vmamba import SS2D, VMamba
 
 __all__ = [
     "ECSNN", "Fusion", "MSResNet", "QKFormer", "SDT", "SDTCaption", "SEWDVS", "SMA", "SMAVGG", "SS2D", "SEWResNet",
-    "SVMamba", "Spikformer", "Spikingformer", "VMamba", "create_model", "list_models", "load_checkpoint",
-    "register_model",
+    "SVMamba", "Spikformer", "Spikingformer", "VMamba", "convert_checkpoint", "create_model", "list_models",
+    "load_checkpoint", "register_model",
 ]  # fmt: skip
+
+register_in_timm(list_models())

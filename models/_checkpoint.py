@@ -1,5 +1,7 @@
 """Published weights as their authors saved them."""
 
+import hashlib
+import json
 import os
 import pathlib
 import pickle
@@ -9,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["load_checkpoint", "read_state"]
+__all__ = ["convert_checkpoint", "load_checkpoint", "read_state"]
 
 WRAPPERS = ("state_dict", "model", "net", "model_state_dict", "module")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 STATE_BUFFERS = (".v", ".spike", ".h")  # what nodes of other packages keep between steps
 
 
-def read_state(path: str | os.PathLike, ema: bool = False) -> dict[str, Tensor]:
+def read_state(path: str | os.PathLike, ema: bool = False, trusted: bool = False) -> dict[str, Tensor]:
     """The tensors of a checkpoint by key, wrappers and prefixes taken off.
 
     Args:
         path: safetensors, or a file of torch.save that holds tensors and plain containers alone.
         ema: the exponential moving average, where the file holds one beside the weights.
+        trusted: also read a pickled module, which **runs whatever code its author put into the file**; its classes
+            must be importable.
 
     Raises:
         FileNotFoundError: no such file.
@@ -31,18 +35,26 @@ def read_state(path: str | os.PathLike, ema: bool = False) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {path}")
     if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as e:
+            raise ValueError(f"checkpoint: {path} is no complete safetensors file ({e})") from e
     try:
-        data: Any = torch.load(path, map_location="cpu", weights_only=True)
+        data: Any = torch.load(path, map_location="cpu", weights_only=not trusted)
+    except (ImportError, AttributeError) as e:
+        raise ValueError(f"checkpoint: {path} needs the code it was saved by on PYTHONPATH ({e})") from e
     except pickle.UnpicklingError as e:
         raise ValueError(
             f"checkpoint: {path} holds more than tensors (a pickled module runs code when it is loaded), so it is not "
-            "read; where you trust its origin, load it with the code it was saved by and save its state_dict()"
+            "read; where you trust its origin: spikecore convert --trust-pickle, with its code on PYTHONPATH"
         ) from e
     except (RuntimeError, EOFError, ValueError) as e:
         raise ValueError(f"checkpoint: {path} is no complete file of torch.save ({str(e).splitlines()[0]})") from e
+    if isinstance(data, nn.Module):
+        data = data.state_dict()
     if ema:
         names = [k for k in ("state_dict_ema", "model_ema", "ema") if k in data]
         if not names:
@@ -64,13 +76,14 @@ def load_checkpoint(
     path: str | os.PathLike,
     checkpoint_filter: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
     ema: bool = False,
+    trusted: bool = False,
 ) -> nn.Module:
-    """Load `path` into `model`, every key of both used; returns the model.
+    """Load `path` into `model`, every key of both used; returns the model. `ema`, `trusted`: see `read_state`.
 
     Raises:
         ValueError: keys or shapes that do not fit, each named.
     """
-    state = read_state(path, ema)
+    state = read_state(path, ema, trusted)
     if checkpoint_filter is not None:
         state = checkpoint_filter(state, model)
     own = model.state_dict()
@@ -90,3 +103,54 @@ def load_checkpoint(
         raise ValueError(f"checkpoint: {path} does not fit {type(model).__name__}; {'; '.join(problems)}")
     model.load_state_dict(state)
     return model
+
+
+def convert_checkpoint(
+    name: str, path: str | os.PathLike, out: str | os.PathLike, *, ema: bool = False, trusted: bool = False,
+    **settings: Any,
+) -> pathlib.Path:  # fmt: skip
+    """Write the weights in `path` as safetensors with the keys of model `name`, and a JSON card beside them.
+
+    Args:
+        out: ends in ``.safetensors``; the card has the same name with ``.json``.
+        ema, trusted: see `read_state`.
+        settings: of the model, as for `create_model`.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        ValueError: an unknown model, weights that do not fit, or another suffix of `out`.
+    """
+    from safetensors.torch import save_file
+
+    from spikecore._backend import __version__
+    from spikecore.models._registry import checkpoint_filter_of, create_model
+
+    source, out = pathlib.Path(path), pathlib.Path(out)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"convert: out must end in .safetensors, got {out}")
+    model = create_model(name, **settings)
+    load_checkpoint(model, source, checkpoint_filter_of(name), ema, trusted)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out, {"model": name, "format": "pt"})
+    card = {
+        "model": name,
+        "settings": settings,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "moving_average": ema,
+        "source": {"file": source.name, "sha256": _sha256(source)},
+        "weights": {"file": out.name, "sha256": _sha256(out)},
+        "spikecore": __version__,
+    }
+    path = out.with_suffix(".json")
+    path.write_text(json.dumps(card, indent=1) + "\n")
+    return path
+
+
+def _sha256(path: pathlib.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spikecore.models._base import Folded
 from spikecore.neurons import LIF
-from spikecore.ops import LIFParams, spiking_self_attention
+from spikecore.ops import LIFParams, lif, spiking_self_attention
 from spikecore.surrogate import Sigmoid
 
 __all__ = ["Attention", "Block", "MLP", "SelfAttention", "SpikingSelfAttention", "conv_bn", "neuron", "published_keys"]
@@ -33,6 +33,14 @@ def conv_bn(
     return Folded(conv, nn.BatchNorm2d(out_channels), *([nn.MaxPool2d(3, 2, padding=1)] if pool else []))
 
 
+def fire(x: Tensor, p: LIFParams) -> Tensor:
+    """Spikes of a neuron that lies inside an attention."""
+    return lif(
+        x, p.decay, p.gain, v_threshold=p.v_threshold, v_reset=p.v_reset, reset_by=p.reset_by, strict=p.strict,
+        surrogate=p.surrogate,
+    )[0]  # fmt: skip
+
+
 class Attention(nn.Module):
     """Projections of the attentions over ``[T, B, C, H, W]``: one for each operand, and `proj` (with bias) at the end.
 
@@ -52,6 +60,17 @@ class Attention(nn.Module):
         self.proj = conv_bn(channels, channels, bias=True)
         self.qkv_lif, self.attn_lif = inside(tau), inside(tau, 0.5)
 
+    def fused_spikes(self, **currents: Tensor) -> tuple[dict[str, Tensor], int, int]:
+        """For `estimate_energy`, what happens inside: from the projections' outputs the spikes of every neuron, the
+        accumulates between them, and how many there were if all fired."""
+        s = {n: fire(x.flatten(3).unflatten(2, (self.heads, -1)), self.qkv_lif) for n, x in currents.items()}
+        current, accumulates, dense = self.inside(**s)
+        return {f"{n}_lif": t for n, t in {**s, "attn": fire(current, self.attn_lif)}.items()}, accumulates, dense
+
+    def inside(self, **spikes: Tensor) -> tuple[Tensor, int, int]:
+        """What the attention's neuron reads, the accumulates that takes, and how many if all fired."""
+        raise NotImplementedError
+
     def currents(self, x: Tensor) -> list[Tensor]:
         """What the neurons of the operands read: ``[T, B, heads, D, N]``."""
         return [getattr(self, name)(x).flatten(3).unflatten(2, (self.heads, -1)) for name in self.operands]
@@ -62,6 +81,12 @@ class SelfAttention(Attention):
 
     def __init__(self, channels: int, heads: int, tau: float = 2.0) -> None:
         super().__init__("qkv", channels, heads, tau)
+
+    def inside(self, **spikes: Tensor) -> tuple[Tensor, int, int]:
+        q, k, v = (spikes[n] for n in "qkv")
+        width = q.shape[3]
+        accumulates = width * int(k.count_nonzero() + q.count_nonzero())
+        return 0.125 * (v @ k.mT) @ q, accumulates, 2 * width * q.numel()
 
     def forward(self, x: Tensor) -> Tensor:
         y = spiking_self_attention(*self.currents(x), 0.125, self.attn_lif, self.qkv_lif)

@@ -28,6 +28,10 @@ class TokenAttention(Attention):
         super().__init__("qk", channels, heads)
         self.lif = neuron()
 
+    def inside(self, **spikes: Tensor) -> tuple[Tensor, int, int]:
+        q = spikes["q"]
+        return q.sum(3, keepdim=True), int(q.count_nonzero()), q.numel()
+
     def forward(self, x: Tensor) -> Tensor:
         y = qk_attention(*self.currents(x), "token", self.attn_lif, self.qkv_lif)
         return self.lif(self.proj(y.reshape(x.shape)))

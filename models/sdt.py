@@ -54,6 +54,10 @@ class SpikeDrivenAttention(Attention):
         self.shortcut_lif = neuron()
         self.talking_heads = nn.Conv1d(heads, heads, 1, bias=False).requires_grad_(False)  # never used
 
+    def inside(self, **spikes: Tensor) -> tuple[Tensor, int, int]:
+        both = spikes["k"] * spikes["v"]
+        return both.sum(4, keepdim=True), int(both.count_nonzero()), both.numel()
+
     def forward(self, x: Tensor) -> Tensor:
         y = spike_driven_attention(*self.currents(self.shortcut_lif(x)), self.attn_lif, self.qkv_lif)
         return self.proj(y.reshape(x.shape))

@@ -1,10 +1,16 @@
+import csv
+
 import pytest
 import torch
 from torch import nn
 
-from spikecore.energy import energy_pj, estimate_energy
+from spikecore.energy import EnergyModel, energy_pj, estimate_energy
 from spikecore.models import create_model
+from spikecore.models._transformer import SelfAttention
+from spikecore.models.qkformer import TokenAttention
+from spikecore.models.sdt import SpikeDrivenAttention
 from spikecore.neurons import IF
+from spikecore.ops import lif_ref
 
 
 def test_constants_give_the_published_figure():
@@ -41,6 +47,7 @@ def test_by_hand():
     assert (conv.macs, conv.acs) == (2 * 4, 0)  # repeated image: once, not once a step
     assert (fc.macs, fc.rate, fc.acs) == (0, 4 / 16, 4 / 16 * 2 * 8 * 3)
     assert report.firing_rates == {"lif": 4 / 16}
+    assert report.synops == 0.5 * 8 + 12
     assert report.energy_pj == pytest.approx(8 * 4.6 + 12 * 0.9)
     assert model.training
     assert model.fc.training
@@ -79,6 +86,101 @@ def test_direct_coded_network():
     assert spiking[0].rate == report.firing_rates["conv_fc.2"]
     assert report.macs == first.macs + last.macs
     assert report.acs == sum(layer.acs for layer in spiking)
+
+
+class Residual(nn.Module):
+    """Two neurons added: the linear layer reads 0, 1 and 2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = IF(), IF(), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.fc(self.a(x[None]) + self.b(2 * x[None]))
+
+
+def test_sums_of_spikes_are_accumulated_one_by_one():
+    report = estimate_energy(Residual(), torch.tensor([[1.0, 0.5, 0.25, 2.0]]))  # 1 + 1, 0 + 1, 0 + 0, 1 + 1
+    (fc,) = report.layers
+    assert (fc.rate, fc.macs, fc.acs, fc.synops) == (5 / 4, 0, 5 * 5, 5 * 5)
+    assert report.firing_rates == {"a": 2 / 4, "b": 3 / 4}
+
+
+def test_another_model_of_energy():
+    report = estimate_energy(Tiny(), torch.ones(1, 1, 2, 2) * 1.1, EnergyModel("mine", 2.0, 1.0))
+    assert report.energy_pj == 2 * report.macs + report.acs == sum(layer.energy_pj for layer in report.layers)
+    assert report.energy_model.name == "mine"
+
+
+@pytest.mark.parametrize("kind", [TokenAttention, SelfAttention, SpikeDrivenAttention])
+def test_inside_a_fused_attention(kind):
+    torch.manual_seed(0)
+    attn, x = kind(8, 2).eval(), (torch.rand(3, 2, 8, 4, 5) > 0.5).float()  # T=3, B=2, H=2, D=4, N=20
+    given = {}
+    with torch.no_grad():
+        for name in attn.operands:
+            module = getattr(attn, name)
+            module[1].bias.fill_(1.2)
+            module.register_forward_hook(lambda m, args, out, name=name: given.__setitem__(name, out))
+        attn.proj.register_forward_pre_hook(lambda m, args: given.__setitem__("proj", args[0]))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = attn
+
+        def forward(self, x):
+            return self.attn(x.transpose(0, 1))
+
+    report = estimate_energy(Net(), x.transpose(0, 1))
+    s = {n: lif_ref(t.flatten(3).unflatten(2, (2, 4)))[0] for n, t in given.items() if n != "proj"}
+    spikes = {n: int(t.sum()) for n, t in s.items()}
+    if kind is TokenAttention:
+        current = s["q"].sum(3, keepdim=True)
+        acs = spikes["q"]
+    elif kind is SelfAttention:
+        current = 0.125 * (s["q"].mT @ s["k"] @ s["v"].mT).mT
+        acs = 4 * (spikes["q"] + spikes["k"])
+    else:
+        current = (s["k"] * s["v"]).sum(4, keepdim=True)
+        acs = int((s["k"] * s["v"]).sum())
+    a = lif_ref(current, v_threshold=0.5)[0]
+    out = {TokenAttention: a * s["k"], SelfAttention: a}.get(kind, a * s["q"])
+    assert torch.equal(out.reshape(x.shape), given["proj"])  # so these are the attention's own spikes
+    rates = {f"attn.{n}_lif": t.mean().item() for n, t in {**s, "attn": a}.items()}
+    assert {n: r for n, r in report.firing_rates.items() if n in rates} == pytest.approx(rates)
+    assert all(0 < r < 1 for r in rates.values())
+    rows = {layer.name: layer for layer in report.layers}
+    assert rows["attn"].acs == pytest.approx(acs / 2)  # a sample
+    assert rows["attn.proj.0"].acs == pytest.approx(given["proj"].sum().item() * 8 / 2)
+    assert all(layer.macs == 0 for layer in report.layers if layer.name != "attn")
+
+
+@pytest.mark.parametrize("name", ["sew_resnet_test", "qkformer_test"])
+def test_only_image_and_mean_are_multiplied(name):
+    torch.manual_seed(0)
+    model = create_model(name)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.bias, 0.0, 3.0)
+    report = estimate_energy(model, torch.rand(2, 3, 48, 48))
+    first, *inner, last = report.layers
+    assert first.macs > 0 < last.macs
+    assert {layer.name for layer in inner if layer.macs} == set()
+    assert max(layer.rate for layer in inner) > 1  # sums of spikes
+
+
+def test_table_and_chart(tmp_path):
+    pytest.importorskip("matplotlib")
+    report = estimate_energy(Tiny(), torch.tensor([[1.1, 0.55], [0.0, 0.0]]).view(1, 1, 2, 2))
+    report.to_csv(tmp_path / "energy.csv")
+    rows = list(csv.DictReader((tmp_path / "energy.csv").open()))
+    assert [row["name"] for row in rows] == ["conv", "fc", "total", "lif"]
+    assert (float(rows[1]["acs"]), float(rows[2]["energy_pj"]), float(rows[3]["rate"])) == (
+        12.0, pytest.approx(8 * 4.6 + 12 * 0.9), 0.25,
+    )  # fmt: skip
+    report.plot(tmp_path / "energy.png")
+    assert (tmp_path / "energy.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_data():

@@ -1,8 +1,10 @@
 """The `spikecore` command: parses, calls, prints."""
 
 import argparse
+import ast
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from spikecore._backend import __version__
 
@@ -17,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as e:
         print(f"spikecore: error: {f'{e.filename}: ' if e.filename else ''}{e.strerror or e}", file=sys.stderr)
         return 1
-    except ImportError as e:
+    except (ImportError, *args.mistakes) as e:
         print(f"spikecore: error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -28,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spikecore", description="Fused kernels for spiking vision.")
     parser.add_argument("--version", action="version", version=f"spikecore {__version__}")
+    parser.set_defaults(mistakes=())  # what a command raises for a mistake of its user
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     doctor = commands.add_parser("doctor", help="say what is installed and what runs here")
@@ -40,7 +43,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     quickstart.add_argument("--epochs", type=_positive, metavar="N", help="default: the recipe's own")
     quickstart.set_defaults(run=_quickstart)
+
+    convert = commands.add_parser("convert", help="published weights to safetensors with a JSON card")
+    convert.add_argument("checkpoint", metavar="FILE", help="as its authors saved it")
+    convert.add_argument("model", metavar="MODEL", help="a name of spikecore.list_models()")
+    convert.add_argument("--out", required=True, metavar="FILE.safetensors")
+    convert.add_argument("--ema", action="store_true", help="the moving average beside the weights")
+    convert.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of the model"
+    )
+    convert.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="also read a pickled module: THIS RUNS ANY CODE ITS AUTHOR PUT INTO THE FILE, with your rights",
+    )
+    convert.set_defaults(run=_convert, mistakes=(ValueError, TypeError))
     return parser
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def _positive(text: str) -> int:
@@ -62,3 +90,15 @@ def _quickstart(args: argparse.Namespace) -> int:
     outcome = quickstart(args.out, args.seeds, **({"epochs": args.epochs} if args.epochs else {}))
     print("\n".join(outcome.lines))
     return 0 if outcome.finished else 130
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from spikecore.models import convert_checkpoint
+
+    if args.trust_pickle:
+        print(f"spikecore: {args.checkpoint} may run code of its author, as --trust-pickle allows", file=sys.stderr)
+    card = convert_checkpoint(
+        args.model, args.checkpoint, args.out, ema=args.ema, trusted=args.trust_pickle, **dict(args.set)
+    )
+    print(f"{args.out}\n{card}")
+    return 0
