@@ -48,8 +48,9 @@ def load(name: str) -> ModuleType:
 
 
 def discover() -> dict[str, ModuleType]:
-    """The benches beside this file, by operator."""
-    return {path.stem.removeprefix("bench_"): load(path.stem) for path in sorted(HERE.glob("bench_*.py"))}
+    """The benches beside this file, by operator; that of whole models stands alone."""
+    names = sorted({path.stem for path in HERE.glob("bench_*.py")} - {"bench_models"})
+    return {name.removeprefix("bench_"): load(name) for name in names}
 
 
 def measure(op: str, problem: Problem, device: str, quick: bool) -> dict[str, Any]:
