@@ -39,7 +39,7 @@ def peers() -> dict[str, tuple[str, dict[str, Any], tuple[int, ...], Callable[[]
     )  # fmt: skip
 
     return {
-        "QKFormer-4-384": (
+        "QKFormer, depth 4, 384": (
             "qkformer_10_384", {"depth": 4, "num_classes": 10}, (2, 3, 64, 64),
             lambda: qkformer.QKFormer(
                 num_classes=10, embed_dims=384, num_heads=(6, 6, 6), depths=(1, 2, 1), detach_reset=True

@@ -47,7 +47,7 @@ DEFECTS = {
     "kv not turned": ("(b_k @ b_v.mT).mT @ b_q", "(b_k @ b_v.mT) @ b_q", "spikes"),
     "no scale in forward": ("y = scale * (", "y = (", "spikes"),
     "packed spikes of floats": ("attn, T > 0)", "attn, T >= 0)", "spikes"),
-    "the channel is the batch": ("int(kind), a, b, 2", "int(kind), a, b, 1", "spikes|must be"),
+    "the channel is the batch": ("_HEADS = 2", "_HEADS = 1", "spikes|must be"),
     "no scale in backward": ("g_y = scale * g_u", "g_y = g_u", "gradient of"),
     "gradients exchanged": ("g_kv @ b_v, g_kv.mT @ b_k", "g_kv.mT @ b_k, g_kv @ b_v", "gradient of"),
     "the parameters of one operand": ("sum(r[1] for r in results)", "results[0][1]", "gradient of"),
