@@ -89,7 +89,8 @@ class SelfAttention(Attention):
         return 0.125 * (v @ k.mT) @ q, accumulates, 2 * width * q.numel()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = spiking_self_attention(*self.currents(x), 0.125, self.attn_lif, self.qkv_lif)
+        q, k, v = self.currents(x)
+        y = spiking_self_attention(q, k, v, 0.125, self.attn_lif, self.qkv_lif)
         return self.proj(y.reshape(x.shape))
 
 

@@ -33,7 +33,8 @@ class TokenAttention(Attention):
         return q.sum(3, keepdim=True), int(q.count_nonzero()), q.numel()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = qk_attention(*self.currents(x), "token", self.attn_lif, self.qkv_lif)
+        q, k = self.currents(x)
+        y = qk_attention(q, k, "token", self.attn_lif, self.qkv_lif)
         return self.lif(self.proj(y.reshape(x.shape)))
 
 

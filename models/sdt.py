@@ -28,6 +28,9 @@ class Tokenizer(nn.Module):
     """Convolution, norm, neuron[, pool], three times; convolution, norm[, pool]; then a residual convolution of its
     spikes. What leaves is real-valued."""
 
+    proj3: nn.Module
+    proj_lif3: nn.Module
+
     def __init__(self, in_channels: int, embed_dim: int, pools: Sequence[bool]) -> None:
         super().__init__()
         channels, self.pools = in_channels, pools
@@ -59,7 +62,8 @@ class SpikeDrivenAttention(Attention):
         return both.sum(4, keepdim=True), int(both.count_nonzero()), both.numel()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = spike_driven_attention(*self.currents(self.shortcut_lif(x)), self.attn_lif, self.qkv_lif)
+        q, k, v = self.currents(self.shortcut_lif(x))
+        y = spike_driven_attention(q, k, v, self.attn_lif, self.qkv_lif)
         return self.proj(y.reshape(x.shape))
 
 

@@ -101,10 +101,11 @@ class SVMamba(SpikingModel):
         self.patch_embed.add_module("conv2", ConvBlock(widths[0] // 2, widths[0]))
         self.layers = nn.Sequential()
         for depth, width, to in zip(depths, widths, [*widths[1:], None], strict=True):
-            layer = nn.Sequential()
-            layer.add_module("blocks", nn.Sequential(*(Block(width, published_quirks) for _ in range(depth))))
+            blocks = nn.Sequential(*(Block(width, published_quirks) for _ in range(depth)))
             if to:
-                layer.blocks.append(Downsample(width, to))
+                blocks.append(Downsample(width, to))
+            layer = nn.Sequential()
+            layer.add_module("blocks", blocks)
             self.layers.append(layer)
         self.stages = tuple(f"layers.{i}" for i in range(len(depths)))
         self.num_features = widths[-1]

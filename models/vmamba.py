@@ -229,10 +229,11 @@ class VMamba(VisionModel):
         self.pos_embed = nn.Parameter(torch.zeros(1, widths[0], *pos_size)) if pos_size else None
         self.layers = nn.ModuleList()
         for i, (depth, width) in enumerate(zip(depths, widths, strict=True)):
-            layer = nn.Module()
-            layer.blocks = nn.Sequential(*(Block(width, mlp_ratio, next(rates), ss2d) for _ in range(depth)))
+            layer = nn.Sequential()
+            blocks = (Block(width, mlp_ratio, next(rates), ss2d) for _ in range(depth))
+            layer.add_module("blocks", nn.Sequential(*blocks))
             last = i == len(depths) - 1
-            layer.downsample = nn.Identity() if last else downsample(downsamples, width, widths[i + 1])
+            layer.add_module("downsample", nn.Identity() if last else downsample(downsamples, width, widths[i + 1]))
             self.layers.append(layer)
         self.stages = tuple(f"layers.{i}.blocks" for i in range(len(depths)))
         self.num_features = widths[-1]
@@ -258,12 +259,13 @@ class VMamba(VisionModel):
                 )
             x = x + self.pos_embed
         for layer in self.layers:
-            x = layer.downsample(layer.blocks(x))
+            x = layer(x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.classifier.norm(x).mean((2, 3))
-        return x if pre_logits else self.classifier.head(x)
+        norm, head = self.classifier
+        x = norm(x).mean((2, 3))
+        return x if pre_logits else head(x)
 
 
 def checkpoint_filter(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
