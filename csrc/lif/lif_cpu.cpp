@@ -22,6 +22,8 @@ constexpr int kStreamTile = 32;            // neurons between two bursts of stre
 constexpr int kBackStreamTile = 128;       // the same in backward, whose loop is longer
 constexpr int kUnroll = 4;                 // time steps that a row loop carries through registers
 constexpr int kSegment = 16;               // time steps whose potentials backward holds at once
+constexpr int kLine = 64;                  // bytes
+constexpr int kFetch = 16 * kLine;         // how far ahead of its work a row loop fetches its rows, in bytes
 
 // Lengths of a row of working space: a little over a tile or chunk, to keep the rows out of each other's cache sets.
 constexpr int kTileRow = kTile + 16;
@@ -49,11 +51,56 @@ void expand(A* out, const void* per_channel, double number, const LifNeuron& p, 
   }
 }
 
+// The processor takes a read for one of a pending write whose address has the same lowest 12 bits, and waits for it. So
+// rows of which the written one is so a few lines ahead of the one read are walked down, from their ends to their starts,
+// and those where it is a few behind up. Tensors allocated one after another often are a line apart. 1: down, -1: up.
+inline int direction(const void* read, const void* written) {
+  const int lines = int((reinterpret_cast<uintptr_t>(written) - reinterpret_cast<uintptr_t>(read)) / kLine % 64);
+  return lines >= 1 && lines <= 8 ? 1 : lines >= 56 ? -1 : 0;
+}
+// That of kUnroll rows of each: positive where more pairs ask for down.
+template <class T>
+int direction(const void* read, int64_t read_step, const void* written, int64_t write_step) {
+  int sum = 0;
+  for (int r = 0; read && r < kUnroll; ++r)
+    for (int w = 0; w < kUnroll; ++w)
+      sum += direction(static_cast<const T*>(read) + r * read_step, static_cast<const T*>(written) + w * write_step);
+  return sum;
+}
+// Whether a row v, read and written beside rows of x and s that are walked so, is out of their way.
+template <class T>
+bool clear(const void* v, const LifFwd& p, bool down) {
+  const int wrong = down ? -1 : 1;
+  for (int r = 0; r < kUnroll; ++r)
+    if (direction(static_cast<const T*>(p.x) + r * p.x_step, v) == wrong ||
+        direction(v, static_cast<const T*>(p.s) + r * p.N) == wrong)
+      return false;
+  return true;
+}
+
+// body(i) for the n neurons of a row, a line at a time: ahead(i) before the line from i on.
+template <class A, class Body, class Ahead>
+inline __attribute__((always_inline)) void by_lines(int n, bool down, const Body& body, const Ahead& ahead) {
+  constexpr int kStep = kLine / int(sizeof(A));
+  const int lines = n / kStep;
+  const int64_t step = down ? -kStep : kStep;
+  int64_t first = down ? (lines - 1) * kStep : 0;
+  for (int left = lines; left > 0; --left, first += step) {
+    ahead(first);
+#pragma GCC ivdep
+    for (int i = 0; i < kStep; ++i) body(first + i);
+  }
+  for (int i = lines * kStep; i < n; ++i) {
+    __asm__ volatile("");  // a vectorised copy of so short a loop would only be code
+    body(i);
+  }
+}
+
 // R time steps of a row at once: the potentials pass through registers from `from` to `to` (which may be the same row).
-// Null s or h: not wanted.
-template <bool HARD, bool AT_ZERO, bool S, bool H, int R, class A>
+// ONE: decay and gain are those of the first neuron for all. Null s or h: not wanted. down: see `direction`.
+template <bool HARD, bool AT_ZERO, bool ONE, bool S, bool H, int R, class A>
 SPK_NOINLINE void steps(const A* const* x, const A* from, A* to, A* const* s, A* const* h, const A* decay, const A* gain,
-                        const Neuron<A> c, int n) {
+                        const Neuron<A> c, int n, bool down) {
   const A* xr[R];
   A *sr[R], *hr[R];
   for (int r = 0; r < R; ++r) {
@@ -61,20 +108,27 @@ SPK_NOINLINE void steps(const A* const* x, const A* from, A* to, A* const* s, A*
     if (S) sr[r] = s[r];
     if (H) hr[r] = h[r];
   }
-#pragma GCC ivdep
-  for (int i = 0; i < n; ++i) {
-    A vi = from[i], xi[R];
-    const A di = decay[i], gi = gain[i];
-    // Loads before stores: rows a multiple of 4 KB apart look like the same address to the store buffer.
-    for (int r = 0; r < R; ++r) xi[r] = xr[r][i];
-    for (int r = 0; r < R; ++r) {
-      const A hi = charge(vi, xi[r], di, gi, AT_ZERO ? A(0) : c.rest);
-      if (H) hr[r][i] = hi;
-      if (S) sr[r][i] = hi >= c.fire_at ? A(1) : A(0);
-      vi = reset(hi, HARD, c);
-    }
-    to[i] = vi;
-  }
+  const A d0 = decay[0], g0 = gain[0];
+  const int64_t away = down ? -kFetch : kFetch;
+  by_lines<A>(
+      n, down,
+      [&](int64_t i) {
+        A vi = from[i], xi[R];
+        const A di = ONE ? d0 : decay[i], gi = ONE ? g0 : gain[i];
+        // Loads before stores: rows a multiple of 4 KB apart look like the same address to the store buffer.
+        for (int r = 0; r < R; ++r) xi[r] = xr[r][i];
+        for (int r = 0; r < R; ++r) {
+          const A hi = charge(vi, xi[r], di, gi, AT_ZERO ? A(0) : c.rest);
+          if (H) hr[r][i] = hi;
+          if (S) sr[r][i] = hi >= c.fire_at ? A(1) : A(0);
+          vi = reset(hi, HARD, c);
+        }
+        to[i] = vi;
+      },
+      // The processor's own prefetchers see too many rows at once to follow each.
+      [&](int64_t i) {
+        for (int r = 0; r < R; ++r) __builtin_prefetch(reinterpret_cast<const char*>(xr[r] + i) + away);
+      });
 }
 
 template <class A>
@@ -90,7 +144,7 @@ SPK_NOINLINE void pack_row(uint8_t* __restrict__ bits, const A* __restrict__ s, 
 // g_v comes in as the gradient of the last v and goes out as that of `start`.
 template <bool HARD, bool AT_ZERO, bool DETACH, Surrogate K, class A>
 SPK_NOINLINE void steps_back(const A* const* x, const A* start, const A* const* g_s, A* g_v, A* const* g_x, const A* decay,
-                             const A* gain, const Neuron<A> neuron, A a, A b, int n) {
+                             const A* gain, const Neuron<A> neuron, A a, A b, int n, bool down) {
   // A rest at 0 is known before the loop: asked for each element, it costs the loop half its time.
   const Neuron<A> c = {AT_ZERO ? A(0) : neuron.rest, neuron.fire_at, neuron.threshold, neuron.reset_by};
   const A *xr[kUnroll], *gs[kUnroll];
@@ -100,28 +154,30 @@ SPK_NOINLINE void steps_back(const A* const* x, const A* start, const A* const* 
     gs[r] = g_s[r];
     gx[r] = g_x[r];
   }
-#pragma GCC ivdep
-  for (int i = 0; i < n; ++i) {
-    A v = start[i], g = g_v[i], h[kUnroll], sg[kUnroll], gi[kUnroll];
-    const A di = decay[i], ga = gain[i];
-    for (int r = 0; r < kUnroll; ++r) {
-      h[r] = xr[r][i];
-      gi[r] = gs[r][i];
-    }
-    for (int r = 0; r < kUnroll; ++r) {
-      h[r] = charge(v, h[r], di, ga, c.rest);
-      v = reset(h[r], HARD, c);
-      // Here, not on the way back: there it would lie on the chain of dependent operations.
-      sg[r] = surrogate<K, A>(h[r] - c.threshold, a, b);
-    }
-    for (int r = kUnroll - 1; r >= 0; --r) {
-      const A gh = step_backward<false>(h[r], gi[r], g, A(0), sg[r], HARD, DETACH, c);
-      gi[r] = ga * gh;
-      g = di * gh;
-    }
-    for (int r = 0; r < kUnroll; ++r) gx[r][i] = gi[r];
-    g_v[i] = g;
-  }
+  by_lines<A>(
+      n, down,
+      [&](int64_t i) {
+        A v = start[i], g = g_v[i], h[kUnroll], sg[kUnroll], gi[kUnroll];
+        const A di = decay[i], ga = gain[i];
+        for (int r = 0; r < kUnroll; ++r) {
+          h[r] = xr[r][i];
+          gi[r] = gs[r][i];
+        }
+        for (int r = 0; r < kUnroll; ++r) {
+          h[r] = charge(v, h[r], di, ga, c.rest);
+          v = reset(h[r], HARD, c);
+          // Here, not on the way back: there it would lie on the chain of dependent operations.
+          sg[r] = surrogate<K, A>(h[r] - c.threshold, a, b);
+        }
+        for (int r = kUnroll - 1; r >= 0; --r) {
+          const A gh = step_backward<false>(h[r], gi[r], g, A(0), sg[r], HARD, DETACH, c);
+          gi[r] = ga * gh;
+          g = di * gh;
+        }
+        for (int r = 0; r < kUnroll; ++r) gx[r][i] = gi[r];
+        g_v[i] = g;
+      },
+      [](int64_t) {});
 }
 
 // One step back from a row of h. g_v comes in as the gradient of v[t] and goes out as that of v[t-1]; g is left holding
@@ -161,7 +217,7 @@ void add_product(A* __restrict__ d, const A* __restrict__ x, const A* __restrict
 
 template <class A>
 struct Back {
-  void (*steps)(const A* const*, const A*, const A* const*, A*, A* const*, const A*, const A*, Neuron<A>, A, A, int);
+  void (*steps)(const A* const*, const A*, const A* const*, A*, A* const*, const A*, const A*, Neuron<A>, A, A, int, bool);
   void (*step)(const A*, const A*, const A*, A*, A*, A*, const A*, const A*, Neuron<A>, A, A, int);
 };
 
@@ -226,27 +282,34 @@ struct Walk {
   // R time steps of the chunk's m neurons from j on, from the potentials `from` to `to`; x, s and h are the rows of those
   // neurons.
   template <bool S, bool H, int R>
-  void advance(const A* const* x, const A* from, A* to, A* const* s, A* const* h, int j, int m) {
+  void advance(const A* const* x, const A* from, A* to, A* const* s, A* const* h, int j, int m, bool down = false) {
     // Soft reset rests at 0 too.
-    const auto run = !p.hard       ? steps<false, true, S, H, R, A>
-                     : c.rest == 0 ? steps<true, true, S, H, R, A>
-                                   : steps<true, false, S, H, R, A>;
-    run(x, from, to, s, h, decay + j, gain + j, c, m);
+    const auto run = !p.hard       ? steps<false, true, false, S, H, R, A>
+                     : c.rest == 0 ? (p.C == 1 ? steps<true, true, true, S, H, R, A> : steps<true, true, false, S, H, R, A>)
+                                   : steps<true, false, false, S, H, R, A>;
+    run(x, from, to, s, h, decay + j, gain + j, c, m, down);
   }
 };
 
 template <class T, class A>
 int forward(const LifFwd& p, int64_t begin, int64_t end) {
   const bool stream = p.T * p.N * int64_t(sizeof(T)) >= kStreamBytes;
-  alignas(64) A v_tmp[kRow], s_tmp[kUnroll][kTileRow], h_tmp[kTileRow];
+  constexpr int kShift = 1024 / int(sizeof(A));
+  alignas(64) A v_tmp[kRow + 3 * kShift], s_tmp[kUnroll][kTileRow], h_tmp[kTileRow], rest[kTileRow];
   Walk<T, A> walk(p.neuron, p.x, p.x_step);
+  fill_row(rest, walk.c.rest, kTile);
+  const bool down = !p.packed && direction<T>(p.x, p.x_step, p.s, p.N) > 0;
+  const bool aside = stream || !clear<T>(p.v_last, p, down);
+  A* v_aside = v_tmp;
+  for (int k = 0; k < 3 && !clear<T>(v_aside, p, down); ++k) v_aside += kShift;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     walk.at(chunk, p.N);
     const int64_t first = walk.first;
     const int n = walk.n;
     A* const v_last = static_cast<A*>(p.v_last) + first;
-    A* const v = target_row(v_tmp, v_last, stream);
-    walk.rest_or(p.v_init, v);
+    A* const v = aside ? v_aside : v_last;
+    if (p.v_init) load_row(v, static_cast<const A*>(p.v_init) + first, n);
+    bool at_rest = !p.v_init;  // and v not yet written
     T* const s_out = static_cast<T*>(p.s) + first;
     int64_t t = 0;
     if (!p.packed && !p.h && !p.v) {
@@ -261,9 +324,10 @@ int forward(const LifFwd& p, int64_t begin, int64_t end) {
             x[r] = walk.x_row(r, t + r, j, m);
             s[r] = target_row(s_tmp[r], out + r * p.N, stream);
           }
-          walk.template advance<true, false, kUnroll>(x, v + j, v + j, s, nullptr, j, m);
+          walk.template advance<true, false, kUnroll>(x, at_rest ? rest : v + j, v + j, s, nullptr, j, m, down);
           for (int r = 0; r < kUnroll; ++r) commit_row(out + r * p.N, s[r], stream, m);
         }
+        at_rest = false;
       }
     }
     for (; t < p.T; ++t) {
@@ -273,15 +337,19 @@ int forward(const LifFwd& p, int64_t begin, int64_t end) {
         const A* x = walk.x_row(0, t, j, m);
         A* s = p.packed ? s_tmp[0] : target_row(s_tmp[0], s_out + t * p.N + j, stream);
         A* h = p.h ? static_cast<A*>(p.h) + at : h_tmp;
-        walk.template advance<true, true, 1>(&x, v + j, v + j, &s, &h, j, m);
+        walk.template advance<true, true, 1>(&x, at_rest ? rest : v + j, v + j, &s, &h, j, m);
         if (p.packed)
           pack_row(static_cast<uint8_t*>(p.s) + t / 8 * p.N + first + j, s, int(t % 8), m);
         else
           commit_row(s_out + t * p.N + j, s, stream, m);
         if (p.v) store_row(static_cast<A*>(p.v) + at, v + j, m);
       }
+      at_rest = false;
     }
-    commit_row(v_last, v, stream, n);
+    if (stream)
+      stream_row(v_last, v, n);
+    else if (aside)
+      store_row(v_last, v, n);
   }
   if (stream) stream_fence();
   return kOk;
@@ -297,6 +365,7 @@ int backward(const LifBwd& p, int64_t begin, int64_t end) {
   alignas(64) A h[kUnroll][kTileRow], gs_tmp[kUnroll][kTileRow], gx_tmp[kUnroll][kTileRow];
   Walk<T, A> walk(p.neuron, p.x, p.x_step);
   const Neuron<A> c = walk.c;
+  const bool down = direction<T>(p.x, p.x_step, p.g_x, p.N) + direction<T>(p.g_s, p.N, p.g_x, p.N) > 0;
   // The potentials at the starts of the segments, and of one segment's blocks after its first; x of one segment: rows of
   // the caller's x may share cache sets.
   const int most_blocks = int((p.T < kSegment ? p.T : kSegment) + kUnroll - 1) / kUnroll;
@@ -333,7 +402,7 @@ int backward(const LifBwd& p, int64_t begin, int64_t end) {
         g_s[r] = g_s_row(r, t + r, j, m);
         g_x[r] = target_row(gx_tmp[r], g_x_at(t + r, j), stream);
       }
-      back.steps(x, start + j, g_s, g_v + j, g_x, walk.decay + j, walk.gain + j, c, A(p.a), A(p.b), m);
+      back.steps(x, start + j, g_s, g_v + j, g_x, walk.decay + j, walk.gain + j, c, A(p.a), A(p.b), m, down);
       for (int r = 0; r < kUnroll; ++r) commit_row(g_x_at(t + r, j), g_x[r], stream, m);
     }
   };
