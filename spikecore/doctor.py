@@ -12,9 +12,14 @@ __all__ = ["doctor_lines"]
 
 # distribution -> module, of the extra [train]
 _TRAIN = {
+    "librosa": "librosa",
     "matplotlib": "matplotlib",
+    "pillow": "PIL",
     "safetensors": "safetensors",
     "scikit-learn": "sklearn",
+    "scipy": "scipy",
+    "soundfile": "soundfile",
+    "torchvision": "torchvision",
     "tqdm": "tqdm",
 }
 

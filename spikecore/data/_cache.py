@@ -1,0 +1,134 @@
+"""What is made once and kept on disk: the arrays of a set, and the list of its broken files.
+
+A folder below the cache is named after the set and a hash of its files (path, size, time of change), the recipe and
+`VERSION`. It is written under another name and renamed when complete, so that two processes may make it at once.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spikecore.data._samples import BrokenFileError, Source
+
+VERSION = 1
+
+
+def made_arrays(cache: Path, name: str, source: Source, skip: bool) -> tuple[Callable[[int], Tensor], dict[int, str]]:
+    """``(load, broken)``: ``load(i)`` is ``source.load(source.items[i])`` as a float32 tensor.
+
+    Raises:
+        BrokenFileError: for the first one, unless `skip`.
+    """
+    folder = cache / f"{name}-{_key(source)}"
+    if not folder.is_dir():
+        _write(folder, partial(_write_arrays, source=source, skip=skip))
+    index = np.load(folder / "index.npy")
+    broken = _load_broken(folder)
+    if broken and not skip:
+        raise BrokenFileError(broken[min(broken)])
+    return partial(_load_array, str(folder / "arrays.bin"), index), broken
+
+
+def broken_items(cache: Path, name: str, source: Source) -> dict[int, str]:
+    """What is wrong with each item that cannot be loaded, by its place; all are tried, in threads."""
+    folder = cache / f"{name}-broken-{_key(source)}"
+    if not folder.is_dir():
+        _write(folder, partial(_write_broken, source=source))
+    return _load_broken(folder)
+
+
+def _key(source: Source) -> str:
+    digest = hashlib.sha256(json.dumps([VERSION, source.recipe], sort_keys=True).encode())
+    stamp: dict[str, str] = {}
+    for file in source.files:
+        if file not in stamp:
+            stat = os.stat(file)
+            stamp[file] = f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n"
+        digest.update(stamp[file].encode())
+    digest.update(repr(list(source.items)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _write(folder: Path, fill: Callable[[Path], None]) -> None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as e:
+        raise OSError(f"cannot write to the cache {folder.parent} ({e.strerror}); choose another with cache=") from e
+    try:
+        fill(unfinished)
+        unfinished.chmod(0o755)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_arrays(folder: Path, source: Source, skip: bool) -> None:
+    offsets, broken = [], {}
+    with open(folder / "arrays.bin", "wb") as out:
+        for i, item in enumerate(_progress(source.items)):
+            offsets.append(out.tell())
+            try:
+                np.save(out, source.load(item))
+            except (BrokenFileError, OSError) as e:
+                if not skip:
+                    raise
+                broken[i] = _line(e)
+    np.save(folder / "index.npy", np.asarray(offsets, dtype=np.int64))
+    _save_broken(folder, broken)
+
+
+def _write_broken(folder: Path, source: Source) -> None:
+    def attempt(item: Any) -> str | None:
+        try:
+            source.load(item)
+        except (BrokenFileError, OSError) as e:
+            return _line(e)
+        return None
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        lines = list(_progress(pool.map(attempt, source.items, chunksize=64), len(source.items)))
+    _save_broken(folder, {i: line for i, line in enumerate(lines) if line is not None})
+
+
+def _load_array(file: str, index: np.ndarray, i: int) -> Tensor:
+    with open(file, "rb") as f:
+        f.seek(index[i])
+        return torch.from_numpy(np.load(f)).float()
+
+
+def _save_broken(folder: Path, broken: dict[int, str]) -> None:
+    (folder / "broken.json").write_text(json.dumps(broken, indent=1))
+
+
+def _load_broken(folder: Path) -> dict[int, str]:
+    return {int(i): line for i, line in json.loads((folder / "broken.json").read_text()).items()}
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _progress(items: Iterable[Any], total: int | None = None) -> Iterable[Any]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, total=total, unit="sample", leave=False, disable=None)  # silent where no one watches

@@ -1,0 +1,223 @@
+"""Files of event cameras, each read whole into arrays: ATIS, AEDAT 2, 3.1 and 4, MATLAB's, numpy's."""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from spikecore.data._samples import BrokenFileError
+
+__all__ = ["EXTENSIONS", "Events", "read_aedat2", "read_aedat3", "read_aedat4", "read_atis", "read_events", "read_mat",
+           "read_npz"]  # fmt: skip
+
+EXTENSIONS = (".aedat", ".aedat4", ".bin", ".mat", ".npz")
+
+
+class Events(NamedTuple):
+    """Arrays ``[n]`` of integers: time in microseconds, column, row, polarity (0 off, 1 on)."""
+
+    t: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    p: np.ndarray
+
+
+def read_events(path: str | os.PathLike) -> Events:
+    """The events of a file of `EXTENSIONS`; ``.aedat`` of any version.
+
+    Raises:
+        BrokenFileError: another format, or a part of a file.
+        OSError: it cannot be opened.
+        ImportError: AEDAT 4 needs the package ``aedat``, ``.mat`` needs scipy.
+    """
+    path = Path(path)
+    extension = path.suffix.lower()
+    readers = {".bin": read_atis, ".mat": read_mat, ".npz": read_npz}
+    if extension in readers:
+        return readers[extension](path)
+    if extension not in EXTENSIONS:
+        raise BrokenFileError(f"{path}: expected a file of events: {', '.join(EXTENSIONS)}")
+    with open(path, "rb") as file:
+        magic = file.read(10)
+    versions = {b"#!AER-DAT2": read_aedat2, b"#!AER-DAT3": read_aedat3, b"#!AER-DAT4": read_aedat4}
+    if magic not in versions:
+        raise BrokenFileError(f"{path}: byte 0: expected #!AER-DAT2, 3 or 4, got {magic!r}")
+    return versions[magic](path)
+
+
+def read_atis(path: str | os.PathLike) -> Events:
+    """ATIS recordings of 40-bit events (N-MNIST, N-Caltech101; Orchard et al. 2015): x, y, 1 bit polarity, 23 of time.
+
+    An event of row 240 stands for 2^13 us that the clock skipped.
+    """
+    data = np.fromfile(path, np.uint8)
+    if rest := len(data) % 5:
+        raise BrokenFileError(
+            f"{path}: byte {len(data) - rest:,}: expected an event of 5 bytes, the file ends after {rest}"
+        )
+    x, y, high = data[0::5], data[1::5], data[2::5]
+    t = np.zeros((len(x), 4), np.uint8)
+    t[:, 0], t[:, 1], t[:, 2] = data[4::5], data[3::5], high & 127
+    t = t.view("<u4")[:, 0].astype(np.uint32, copy=False)
+    p = high >> 7
+    skipped = y == 240
+    if skipped.any():
+        t = t + np.cumsum(skipped) * 2**13
+        t, x, y, p = t[~skipped], x[~skipped], y[~skipped], p[~skipped]
+    return Events(t, x, y, p)
+
+
+def read_aedat2(path: str | os.PathLike) -> Events:
+    """AEDAT 2 of a DVS128 (CIFAR10-DVS): lines of ``#``, then address and time, 32 bits each, high byte first.
+
+    The camera's x counts from the right and its y from the bottom, turned by 90 degrees: both are put upright, and its
+    inverted polarity is put right, as SpikingJelly does. Events of its synchronisation input (bit 15) are left out.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    _expect(path, data, b"#!AER-DAT2")
+    start = _after_comments(data)
+    if rest := (len(data) - start) % 8:
+        at = len(data) - rest
+        raise BrokenFileError(f"{path}: byte {at:,}: expected an event of 8 bytes, the file ends after {rest}")
+    events = np.frombuffer(data, np.uint8, offset=start).reshape(-1, 8)
+    if events[:, :2].any():
+        wrong = int(events[:, :2].any(axis=1).argmax())
+        raise BrokenFileError(
+            f"{path}: byte {start + 8 * wrong:,}: expected an address of a DVS128, below 0x10000, "
+            f"got 0x{events[wrong, :4].tobytes().hex()}"
+        )
+    events = events[events[:, 2] < 128] if (events[:, 2] > 127).any() else events
+    t = np.ascontiguousarray(events[:, 4:]).view(">u4")[:, 0].astype(np.uint32)
+    return Events(t, 127 - events[:, 2], 127 - (events[:, 3] >> 1), ~events[:, 3] & 1)
+
+
+def read_aedat3(path: str | os.PathLike) -> Events:
+    """AEDAT 3.1 (DVS128 Gesture): lines of ``#`` up to ``#!END-HEADER``, then packets; those of polarity are read.
+
+    A packet: 28 bytes that give type, size of an event, overflows of the clock, and numbers of events; then the
+    events, each 32 bits for validity, polarity, y, x and 32 bits of time. Events marked invalid are left out.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    _expect(path, data, b"#!AER-DAT3")
+    end = b"#!END-HEADER\r\n"
+    at = data.find(end) + len(end)
+    if at < len(end):
+        raise BrokenFileError(f"{path}: byte {_after_comments(data):,}: expected the line #!END-HEADER")
+    if b"\n#Format: " in data[:at] and b"\n#Format: RAW" not in data[:at]:
+        raise BrokenFileError(
+            f"{path}: byte {data.find(b'#Format'):,}: expected '#Format: RAW', got a compressed format"
+        )
+    words, overflows = [], []
+    while at < len(data):
+        if len(data) - at < 28:
+            raise BrokenFileError(
+                f"{path}: byte {at:,}: expected a header of 28 bytes, the file ends after {len(data) - at}"
+            )
+        kind, size = int.from_bytes(data[at : at + 2], "little"), int.from_bytes(data[at + 4 : at + 8], "little")
+        overflow, capacity, number, valid = np.frombuffer(data, "<u4", 4, at + 12).tolist()
+        begin, at = at + 28, at + 28 + size * capacity
+        if number > capacity or (kind == 1 and size != 8):
+            raise BrokenFileError(
+                f"{path}: byte {begin - 28:,}: expected a packet of at most {capacity:,} events of 8 bytes, "
+                f"got {number:,} of {size}"
+            )
+        if at > len(data):
+            raise BrokenFileError(
+                f"{path}: byte {begin:,}: expected {capacity:,} events of {size} bytes, "
+                f"the file ends after {len(data) - begin:,}"
+            )
+        if kind == 1:
+            packet = np.frombuffer(data, "<u4", 2 * number, begin).reshape(-1, 2)
+            words.append(packet if valid == number else packet[packet[:, 0] & 1 == 1])
+            overflows.append(overflow)
+    both = np.concatenate(words) if words else np.empty((0, 2), "<u4")
+    address, t = np.ascontiguousarray(both[:, 0]), both[:, 1].astype(np.int64)
+    if any(overflows):
+        t |= np.repeat(np.asarray(overflows, np.int64) << 31, [len(packet) for packet in words])
+    x, y = (address >> 17).astype(np.uint16), (address >> 2).astype(np.uint16) & 0x7FFF
+    return Events(t, x, y, (address >> 1).astype(np.uint8) & 1)
+
+
+def read_aedat4(path: str | os.PathLike) -> Events:
+    """AEDAT 4 (DV), by the package ``aedat`` (``pip install aedat``)."""
+    try:
+        import aedat
+    except ImportError as e:
+        raise ImportError(f"{path}: AEDAT 4 needs the package aedat: pip install aedat") from e
+    _expect(path, Path(path).read_bytes()[:10], b"#!AER-DAT4")
+    try:
+        packets = [packet["events"] for packet in aedat.Decoder(str(path)) if "events" in packet]
+    except Exception as e:  # the package raises bare exceptions of its own
+        raise BrokenFileError(f"{path}: expected a complete AEDAT 4 file: {e}") from e
+    if not packets:
+        return Events(*(np.empty(0, kind) for kind in (np.int64, np.uint16, np.uint16, np.uint8)))
+    events = np.concatenate(packets)
+    return Events(events["t"].astype(np.int64), events["x"], events["y"], events["on"].astype(np.uint8))
+
+
+def read_mat(path: str | os.PathLike) -> Events:
+    """Events in MATLAB's files (up to version 7), with scipy.
+
+    ``out1`` (CIFAR10-DVS): columns t, x, y, polarity 0 and 1, or dat2mat's t, -1, -1, x, y, polarity -1 and 1.
+    ``TD`` (the tools of N-MNIST's authors): fields ts, x, y counted from 1, p 1 and 2.
+    """
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        content = loadmat(path)
+    except (MatReadError, ValueError, TypeError, NotImplementedError, EOFError, OSError, IndexError) as e:
+        if isinstance(e, OSError) and e.filename:
+            raise
+        raise BrokenFileError(f"{path}: expected a MATLAB file up to version 7: {e}") from e
+    if "TD" in content and {"ts", "x", "y", "p"} <= set(content["TD"].dtype.names or ()):
+        t, x, y, p = (content["TD"][field][0, 0].ravel().astype(np.int64) for field in ("ts", "x", "y", "p"))
+        return Events(t, x - 1, y - 1, p - 1)
+    table = content.get("out1")
+    if not isinstance(table, np.ndarray) or table.ndim != 2 or table.shape[1] not in (4, 6):
+        names = ", ".join(name for name in content if not name.startswith("__"))
+        raise BrokenFileError(
+            f"{path}: expected out1 with 4 or 6 columns, or TD with ts, x, y, p; found {names or 'nothing'}"
+        )
+    t, x, y, p = table[:, [0, -3, -2, -1]].astype(np.int64).T
+    return Events(t, x, y, p > 0)
+
+
+def read_npz(path: str | os.PathLike) -> Events:
+    """SpikingJelly's ``events_np`` files: arrays t, x, y, p."""
+    return Events(*npz_arrays(path, ("t", "x", "y", "p")))
+
+
+def npz_arrays(path: str | os.PathLike, names: tuple[str, ...]) -> list[np.ndarray]:
+    """The arrays `names` of a numpy archive; nothing pickled is read.
+
+    Raises:
+        BrokenFileError: another file, a part of one, or one without them.
+    """
+    try:
+        with np.load(path) as archive:
+            if lost := [name for name in names if name not in archive.files]:
+                raise BrokenFileError(
+                    f"{path}: expected the array {lost[0]!r}, found {', '.join(archive.files) or 'none'}"
+                )
+            return [archive[name] for name in names]
+    except BrokenFileError:
+        raise
+    except (zipfile.BadZipFile, ValueError, EOFError, KeyError, AttributeError, TypeError) as e:
+        raise BrokenFileError(f"{path}: expected a numpy archive with {', '.join(names)}: {e}") from e
+
+
+def _expect(path: str | os.PathLike, data: bytes, magic: bytes) -> None:
+    if not data.startswith(magic):
+        raise BrokenFileError(f"{path}: byte 0: expected {magic.decode()}, got {data[: len(magic)]!r}")
+
+
+def _after_comments(data: bytes) -> int:
+    at = 0
+    while data[at : at + 1] == b"#":
+        at = data.find(b"\n", at) + 1 or len(data)
+    return at

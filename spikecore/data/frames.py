@@ -1,0 +1,79 @@
+"""Events to frames of counts."""
+
+import numpy as np
+
+from spikecore.data._samples import BrokenFileError
+from spikecore.data.formats import Events
+
+__all__ = ["check_frames", "events_to_frames"]
+
+BY = ("number", "time", "duration")
+
+
+def check_frames(frames: int | None, by: str, duration: int | None) -> None:
+    """Raises:
+    ValueError: a wrong argument of `events_to_frames`.
+    """
+    if by not in BY:
+        raise ValueError(f"events: by must be 'number', 'time' or 'duration', got {by!r}")
+    if (duration is None) == (by == "duration") or not (duration is None or duration > 0):
+        raise ValueError(
+            f"events: duration must be microseconds with by='duration' and None otherwise, got {duration!r}"
+        )
+    if not (frames is None and by == "duration") and not (isinstance(frames, int) and frames > 0):
+        raise ValueError(f"events: frames must be a whole number from 1 on, got {frames!r}")
+
+
+def events_to_frames(
+    events: Events, size: tuple[int, int], frames: int | None, by: str = "number", duration: int | None = None
+) -> np.ndarray:
+    """Counts ``[T, 2, H, W]``, channel 0 for off and 1 for on, in the smallest unsigned type that holds them.
+
+    Args:
+        size: ``(H, W)`` of the sensor.
+        frames: T. With ``by="duration"`` also None, for as many as the recording lasts; otherwise such a recording is
+            cut after `frames` or filled up with empty ones.
+        by: ``"number"``: each frame holds ``n // T`` events. ``"time"``: each lasts ``(t_max - t_min) // T``. In both
+            the last one holds the rest. ``"duration"``: each lasts `duration` microseconds.
+
+    Raises:
+        ValueError: a wrong argument.
+        BrokenFileError: an event outside the sensor.
+    """
+    check_frames(frames, by, duration)
+    h, w = size
+    t, x, y, p = events
+    for name, place, limit in (("x", x, w), ("y", y, h)):
+        if len(place) and not 0 <= place.min() <= place.max() < limit:
+            wrong = int(((place < 0) | (place >= limit)).argmax())
+            raise BrokenFileError(
+                f"event {wrong:,}: expected {name} below {limit} (sensor {h}x{w}), got {place[wrong]}"
+            )
+    cell = y.astype(np.int32)
+    cell *= w
+    cell += x.astype(np.int32, copy=False)
+    cell += (p != 0).astype(np.int32) * np.int32(h * w)
+    if by == "number":
+        assert frames is not None
+        edges = np.arange(frames + 1) * (len(t) // frames)
+    else:
+        t = t.astype(np.int64)
+        if (t[1:] < t[:-1]).any():
+            order = np.argsort(t, kind="stable")
+            t, cell = t[order], cell[order]
+        length = int(t[-1] - t[0]) if len(t) else 0
+        if by == "time":
+            assert frames is not None
+            n, step = frames, max(length // frames, 1)
+        else:
+            assert duration is not None
+            n, step = max(-(-length // duration), 1), duration
+        edges = np.searchsorted(t, (t[0] if len(t) else 0) + np.arange(n + 1) * step)
+    edges[-1] = len(t)
+    steps = len(edges) - 1 if frames is None else frames
+    counts = [
+        np.bincount(cell[edges[i] : edges[i + 1]], minlength=2 * h * w) if i < len(edges) - 1 else np.zeros(2 * h * w)
+        for i in range(steps)
+    ]
+    kind = np.min_scalar_type(int(max(count.max() for count in counts)))
+    return np.stack([count.astype(kind) for count in counts]).reshape(steps, 2, h, w)
