@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -58,6 +59,22 @@ def _parser() -> argparse.ArgumentParser:
         help="also read a pickled module: THIS RUNS ANY CODE ITS AUTHOR PUT INTO THE FILE, with your rights",
     )
     convert.set_defaults(run=_convert, mistakes=(ValueError, TypeError))
+
+    events = commands.add_parser("events", help="draw the recording of an event camera")
+    events.add_argument("recording", metavar="FILE", help="ATIS .bin, AEDAT 2 to 4, .mat or .npz")
+    out = events.add_mutually_exclusive_group(required=True)
+    out.add_argument("--png", metavar="FOLDER", help="an image of each frame")
+    out.add_argument("--gif", metavar="FILE.gif", help="an animation")
+    events.add_argument("--frames", type=_positive, metavar="N", help="default: 16, or with --duration all")
+    how = events.add_mutually_exclusive_group()
+    how.add_argument(
+        "--by",
+        choices=["number", "time"],
+        default="number",
+        help="frames of equal numbers of events or of equal length",
+    )
+    how.add_argument("--duration", type=_positive, metavar="US", help="frames of this many microseconds")
+    events.set_defaults(run=_events, mistakes=(ValueError,))
     return parser
 
 
@@ -101,4 +118,17 @@ def _convert(args: argparse.Namespace) -> int:
         args.model, args.checkpoint, args.out, ema=args.ema, trusted=args.trust_pickle, **dict(args.set)
     )
     print(f"{args.out}\n{card}")
+    return 0
+
+
+def _events(args: argparse.Namespace) -> int:
+    from spikecore.data import draw
+
+    by = "duration" if args.duration else args.by
+    frames = draw.load_frames(args.recording, args.frames or (None if args.duration else 16), by, args.duration)
+    if args.png:
+        paths = draw.save_pngs(frames, args.png, pathlib.Path(args.recording).stem)
+        print(f"{len(paths)} images: {paths[0]} to {paths[-1].name}")
+    else:
+        print(draw.save_gif(frames, args.gif, *([args.duration / 1000] if args.duration else [])))
     return 0

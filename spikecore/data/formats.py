@@ -16,7 +16,7 @@ EXTENSIONS = (".aedat", ".aedat4", ".bin", ".mat", ".npz")
 
 
 class Events(NamedTuple):
-    """Arrays ``[n]`` of integers: time in microseconds, column, row, polarity (0 off, 1 on)."""
+    """Arrays ``[n]``: time in microseconds, column, row (of any integer type), polarity (0 off, 1 on; or bool)."""
 
     t: np.ndarray
     x: np.ndarray
@@ -52,18 +52,16 @@ def read_atis(path: str | os.PathLike) -> Events:
 
     An event of row 240 stands for 2^13 us that the clock skipped.
     """
-    data = np.fromfile(path, np.uint8)
+    data = _bytes(path)
     if rest := len(data) % 5:
         raise BrokenFileError(
             f"{path}: byte {len(data) - rest:,}: expected an event of 5 bytes, the file ends after {rest}"
         )
-    x, y, high = data[0::5], data[1::5], data[2::5]
-    t = np.zeros((len(x), 4), np.uint8)
-    t[:, 0], t[:, 1], t[:, 2] = data[4::5], data[3::5], high & 127
-    t = t.view("<u4")[:, 0].astype(np.uint32, copy=False)
-    p = high >> 7
-    skipped = y == 240
-    if skipped.any():
+    n = len(data) // 5
+    word = np.ndarray((n,), ">u4", data, 1, (5,)).astype(np.uint32)  # y, then polarity and time
+    x, y = np.ndarray((n,), np.uint8, data, 0, (5,)), np.ndarray((n,), np.uint8, data, 1, (5,))
+    t, p = word & 0x7FFFFF, (word & 0x800000) != 0
+    if n and word.max() >= 240 << 24 and (skipped := y == 240).any():
         t = t + np.cumsum(skipped) * 2**13
         t, x, y, p = t[~skipped], x[~skipped], y[~skipped], p[~skipped]
     return Events(t, x, y, p)
@@ -75,23 +73,25 @@ def read_aedat2(path: str | os.PathLike) -> Events:
     The camera's x counts from the right and its y from the bottom, turned by 90 degrees: both are put upright, and its
     inverted polarity is put right, as SpikingJelly does. Events of its synchronisation input (bit 15) are left out.
     """
-    with open(path, "rb") as file:
-        data = file.read()
+    data = _bytes(path)
     _expect(path, data, b"#!AER-DAT2")
     start = _after_comments(data)
     if rest := (len(data) - start) % 8:
         at = len(data) - rest
         raise BrokenFileError(f"{path}: byte {at:,}: expected an event of 8 bytes, the file ends after {rest}")
-    events = np.frombuffer(data, np.uint8, offset=start).reshape(-1, 8)
-    if events[:, :2].any():
-        wrong = int(events[:, :2].any(axis=1).argmax())
-        raise BrokenFileError(
-            f"{path}: byte {start + 8 * wrong:,}: expected an address of a DVS128, below 0x10000, "
-            f"got 0x{events[wrong, :4].tobytes().hex()}"
-        )
-    events = events[events[:, 2] < 128] if (events[:, 2] > 127).any() else events
-    t = np.ascontiguousarray(events[:, 4:]).view(">u4")[:, 0].astype(np.uint32)
-    return Events(t, 127 - events[:, 2], 127 - (events[:, 3] >> 1), ~events[:, 3] & 1)
+    words = np.frombuffer(data, ">u4", offset=start)
+    address, t = words[0::2].astype(np.uint32), words[1::2].astype(np.uint32)
+    if len(address) and address.max() > 0x7FFF:
+        if address.max() > 0xFFFF:
+            wrong = int((address > 0xFFFF).argmax())
+            raise BrokenFileError(
+                f"{path}: byte {start + 8 * wrong:,}: expected an address of a DVS128, below 0x10000, "
+                f"got {address[wrong]:#x}"
+            )
+        pixels = address < 0x8000
+        address, t = address[pixels], t[pixels]
+    address = address.astype(np.uint16)
+    return Events(t, 127 - (address >> 8), 127 - (address >> 1 & 127), (address & 1) == 0)
 
 
 def read_aedat3(path: str | os.PathLike) -> Events:
@@ -100,8 +100,7 @@ def read_aedat3(path: str | os.PathLike) -> Events:
     A packet: 28 bytes that give type, size of an event, overflows of the clock, and numbers of events; then the
     events, each 32 bits for validity, polarity, y, x and 32 bits of time. Events marked invalid are left out.
     """
-    with open(path, "rb") as file:
-        data = file.read()
+    data = _bytes(path)
     _expect(path, data, b"#!AER-DAT3")
     end = b"#!END-HEADER\r\n"
     at = data.find(end) + len(end)
@@ -209,6 +208,11 @@ def npz_arrays(path: str | os.PathLike, names: tuple[str, ...]) -> list[np.ndarr
         raise
     except (zipfile.BadZipFile, ValueError, EOFError, KeyError, AttributeError, TypeError) as e:
         raise BrokenFileError(f"{path}: expected a numpy archive with {', '.join(names)}: {e}") from e
+
+
+def _bytes(path: str | os.PathLike) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
 
 
 def _expect(path: str | os.PathLike, data: bytes, magic: bytes) -> None:

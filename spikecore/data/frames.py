@@ -49,10 +49,10 @@ def events_to_frames(
             raise BrokenFileError(
                 f"event {wrong:,}: expected {name} below {limit} (sensor {h}x{w}), got {place[wrong]}"
             )
-    cell = y.astype(np.int32)
+    cell = y.astype(np.intp)
     cell *= w
-    cell += x.astype(np.int32, copy=False)
-    cell += (p != 0).astype(np.int32) * np.int32(h * w)
+    cell += x
+    cell += (p != 0) * np.intp(h * w)
     if by == "number":
         assert frames is not None
         edges = np.arange(frames + 1) * (len(t) // frames)
@@ -71,9 +71,10 @@ def events_to_frames(
         edges = np.searchsorted(t, (t[0] if len(t) else 0) + np.arange(n + 1) * step)
     edges[-1] = len(t)
     steps = len(edges) - 1 if frames is None else frames
-    counts = [
-        np.bincount(cell[edges[i] : edges[i + 1]], minlength=2 * h * w) if i < len(edges) - 1 else np.zeros(2 * h * w)
-        for i in range(steps)
-    ]
-    kind = np.min_scalar_type(int(max(count.max() for count in counts)))
-    return np.stack([count.astype(kind) for count in counts]).reshape(steps, 2, h, w)
+    counts = np.zeros((steps, 2 * h * w), np.uint8)
+    for i in range(min(steps, len(edges) - 1)):
+        count = np.bincount(cell[edges[i] : edges[i + 1]], minlength=2 * h * w)
+        if (most := count.max()) > np.iinfo(counts.dtype).max:
+            counts = counts.astype(np.min_scalar_type(most))
+        counts[i] = count
+    return counts.reshape(steps, 2, h, w)
