@@ -90,7 +90,7 @@ def load_state(path: Path, recipe: Recipe, parts: Parts, ranks: Ranks, effective
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved, progress = state["recipe"], Progress(**state["progress"])
     except (RuntimeError, EOFError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is no complete state of a run ({str(e).splitlines()[0]})") from e
+        raise ValueError(f"{path} is no complete state of a run ({(str(e) or type(e).__name__).splitlines()[0]})") from e
     except Exception as e:  # unpickling raises what it likes
         raise ValueError(f"{path} is no state of a run ({type(e).__name__})") from e
     now = recipe.to_dict()
@@ -145,9 +145,8 @@ def save_weights(path: Path, weights: dict[str, Tensor], recipe: Recipe, facts: 
     Raises:
         OSError: one of them cannot be written; the one before stays.
     """
-    data = safetensors.torch.save(
-        {k: v.contiguous() for k, v in weights.items()}, {"model": recipe.model, "format": "pt"}
-    )
+    # One entry: safetensors writes several in an order that changes, and equal weights shall be equal files.
+    data = safetensors.torch.save({k: v.contiguous() for k, v in weights.items()}, {"format": "pt"})
     info = backend_info()
     card = {
         "model": recipe.model,
