@@ -1,5 +1,6 @@
 """Everything that a run computes with, from its recipe: network, loss, optimiser, schedule, average, mixing, ranks."""
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -129,9 +130,9 @@ def build(recipe: Recipe, ranks: Ranks, updates: int, sample: Tensor) -> Parts:
     wrapped = objective
     if ranks.world > 1 and not sharded:
         # Norms' running statistics stay each rank's own until they are used; then `dist_bn` makes them one.
-        wrapped = DistributedDataParallel(
-            objective, [ranks.device] if ranks.device.type == "cuda" else None, broadcast_buffers=False
-        )
+        known = inspect.signature(DistributedDataParallel).parameters
+        own = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        wrapped = DistributedDataParallel(objective, [ranks.device] if ranks.device.type == "cuda" else None, **own)
     optimizer, scheduler = _optimizer(recipe, objective, updates)
     half = recipe.amp and recipe.amp_dtype == "float16" and ranks.device.type == "cuda"
     return Parts(

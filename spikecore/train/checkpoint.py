@@ -90,7 +90,9 @@ def load_state(path: Path, recipe: Recipe, parts: Parts, ranks: Ranks, effective
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved, progress = state["recipe"], Progress(**state["progress"])
     except (RuntimeError, EOFError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is no complete state of a run ({(str(e) or type(e).__name__).splitlines()[0]})") from e
+        raise ValueError(
+            f"{path} is no complete state of a run ({(str(e) or type(e).__name__).splitlines()[0]})"
+        ) from e
     except Exception as e:  # unpickling raises what it likes
         raise ValueError(f"{path} is no state of a run ({type(e).__name__})") from e
     now = recipe.to_dict()

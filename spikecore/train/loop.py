@@ -251,7 +251,7 @@ class _Run:
             board.add_scalar(f"firing_rate/{name}", rate, self.progress.epoch)
 
     def report(self, board: SummaryWriter | None) -> None:
-        """metrics.csv, curves.png and the scalars, whole after every epoch."""
+        """metrics.csv and the scalars after every epoch, curves.png after those that were tested."""
         if board is None:
             return
         rows = self.progress.rows
@@ -261,7 +261,8 @@ class _Run:
         writer.writeheader()
         writer.writerows({k: f"{v:.7g}" for k, v in row.items()} for row in rows)
         replace_file(self.out / "metrics.csv", table.getvalue().encode())
-        replace_file(self.out / "curves.png", draw_curves(rows))
+        if "test_accuracy" in rows[-1]:
+            replace_file(self.out / "curves.png", draw_curves(rows))
         for name, value in rows[-1].items():
             board.add_scalar(name, value, int(rows[-1]["epoch"]))
         board.flush()

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from spikecore._backend import backend_info
 
@@ -63,11 +64,16 @@ def joined() -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, device)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=10))
+    timeout, start = timedelta(minutes=10), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # torchrun may keep one store for all its starts; in a later one the first one's addresses must not be found.
+    store = dist.PrefixStore(f"start-{start}", next(rendezvous("env://", rank, world, timeout=timeout))[0])
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=world, timeout=timeout
+    )
     try:
         yield Ranks(rank, world, device)
     except RuntimeError as e:
-        lost = _lost(rank, world) if "onnection" in str(e) or isinstance(e, dist.DistError) else []
+        lost = _lost(store, rank, world) if "onnection" in str(e) or isinstance(e, dist.DistError) else []
         if lost:
             names = ", ".join(str(r) for r in lost)
             raise LostRankError(f"rank {names} of {world} is lost; rank {rank} cannot go on without it") from e
@@ -77,15 +83,14 @@ def joined() -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
-def _lost(rank: int, world: int) -> list[int]:
+def _lost(store: dist.Store, rank: int, world: int) -> list[int]:
     """Who does not answer within seconds. All that are left come here, as their connections break together."""
     try:
-        store = dist.PrefixStore("spikecore-left", dist.distributed_c10d._get_default_store())
-        store.set(str(rank), "here")
+        store.set(f"left-{rank}", "here")
         deadline = time.monotonic() + 5
         others = set(range(world)) - {rank}
         while others and time.monotonic() < deadline:
-            others = {r for r in others if not store.check([str(r)])}
+            others = {r for r in others if not store.check([f"left-{r}"])}
             time.sleep(0.1)
         return sorted(others)
     except (RuntimeError, dist.DistError):  # the store was the first rank's
