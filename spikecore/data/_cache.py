@@ -6,6 +6,7 @@ A folder below the cache is named after the set and a hash of its files (path, s
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from torch import Tensor
 from spikecore.data._samples import BrokenFileError, Source
 
 VERSION = 1
+_ROW = np.dtype([("offset", "i8"), ("dtype", "S4"), ("shape", "i4", 4)])  # of arrays of up to four dimensions
 
 
 def made_arrays(cache: Path, name: str, source: Source, skip: bool) -> tuple[Callable[[int], Tensor], dict[int, str]]:
@@ -79,17 +81,19 @@ def _write(folder: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _write_arrays(folder: Path, source: Source, skip: bool) -> None:
-    offsets, broken = [], {}
+    index, broken = np.zeros(len(source.items), _ROW), {}
     with open(folder / "arrays.bin", "wb") as out:
         for i, item in enumerate(_progress(source.items)):
-            offsets.append(out.tell())
             try:
-                np.save(out, source.load(item))
+                array = source.load(item)
             except (BrokenFileError, OSError) as e:
                 if not skip:
                     raise
                 broken[i] = _line(e)
-    np.save(folder / "index.npy", np.asarray(offsets, dtype=np.int64))
+            else:
+                index[i] = (out.tell(), array.dtype.str, array.shape + (-1,) * (4 - array.ndim))
+                out.write(array.tobytes())
+    np.save(folder / "index.npy", index)
     _save_broken(folder, broken)
 
 
@@ -107,9 +111,9 @@ def _write_broken(folder: Path, source: Source) -> None:
 
 
 def _load_array(file: str, index: np.ndarray, i: int) -> Tensor:
-    with open(file, "rb") as f:
-        f.seek(index[i])
-        return torch.from_numpy(np.load(f)).float()
+    offset, dtype, shape = index[i].item()
+    shape = [size for size in shape if size >= 0]
+    return torch.from_numpy(np.fromfile(file, dtype.decode(), math.prod(shape), offset=offset).reshape(shape)).float()
 
 
 def _save_broken(folder: Path, broken: dict[int, str]) -> None:

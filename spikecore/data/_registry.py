@@ -84,7 +84,7 @@ def create_dataset(
     if source.recipe is not None:
         load, broken = made_arrays(where, name, source, skip)
     else:
-        load, broken = source.load, broken_items(where, name, source) if skip else {}
+        load, broken = source.load, broken_items(where, name, source) if skip and source.files else {}
     keep = [i for i in range(len(source.labels)) if i not in broken]
     if broken:
         warnings.warn(f"{name}: left out {len(broken):,} of {len(source.labels):,} samples that cannot be read; "

@@ -53,15 +53,13 @@ def read_atis(path: str | os.PathLike) -> Events:
     An event of row 240 stands for 2^13 us that the clock skipped.
     """
     data = _bytes(path)
-    if rest := len(data) % 5:
-        raise BrokenFileError(
-            f"{path}: byte {len(data) - rest:,}: expected an event of 5 bytes, the file ends after {rest}"
-        )
-    n = len(data) // 5
+    n, rest = divmod(len(data), 5)
+    if rest or not n:
+        raise BrokenFileError(f"{path}: byte {5 * n:,}: expected an event of 5 bytes, the file ends after {rest}")
     word = np.ndarray((n,), ">u4", data, 1, (5,)).astype(np.uint32)  # y, then polarity and time
     x, y = np.ndarray((n,), np.uint8, data, 0, (5,)), np.ndarray((n,), np.uint8, data, 1, (5,))
     t, p = word & 0x7FFFFF, (word & 0x800000) != 0
-    if n and word.max() >= 240 << 24 and (skipped := y == 240).any():
+    if word.max() >= 240 << 24 and (skipped := y == 240).any():
         t = t + np.cumsum(skipped) * 2**13
         t, x, y, p = t[~skipped], x[~skipped], y[~skipped], p[~skipped]
     return Events(t, x, y, p)
@@ -76,6 +74,8 @@ def read_aedat2(path: str | os.PathLike) -> Events:
     data = _bytes(path)
     _expect(path, data, b"#!AER-DAT2")
     start = _after_comments(data)
+    if start == len(data) and not data.endswith(b"\n"):
+        raise BrokenFileError(f"{path}: byte {start:,}: expected the end of a line of comment, the file ends")
     if rest := (len(data) - start) % 8:
         at = len(data) - rest
         raise BrokenFileError(f"{path}: byte {at:,}: expected an event of 8 bytes, the file ends after {rest}")
@@ -142,11 +142,11 @@ def read_aedat3(path: str | os.PathLike) -> Events:
 
 
 def read_aedat4(path: str | os.PathLike) -> Events:
-    """AEDAT 4 (DV), by the package ``aedat`` (``pip install aedat``)."""
+    """AEDAT 4 (DV), by the package ``aedat`` (extra: ``pip install "spikecore[aedat]"``)."""
     try:
         import aedat
     except ImportError as e:
-        raise ImportError(f"{path}: AEDAT 4 needs the package aedat: pip install aedat") from e
+        raise ImportError(f'{path}: AEDAT 4 needs the package aedat: pip install "spikecore[aedat]"') from e
     _expect(path, Path(path).read_bytes()[:10], b"#!AER-DAT4")
     try:
         packets = [packet["events"] for packet in aedat.Decoder(str(path)) if "events" in packet]
