@@ -104,6 +104,8 @@ def _read(name: str, module: str, folder: Path, split: str, options: dict[str, A
     taken = reader.__code__.co_varnames[2 : reader.__code__.co_argcount + reader.__code__.co_kwonlyargcount]
     if unknown := sorted(options.keys() - set(taken)):
         raise ValueError(f"{name}: unknown option {unknown[0]!r}; it takes {', '.join(taken) or 'none'}")
+    if needed := sorted(set(taken) - options.keys() - (reader.__kwdefaults__ or {}).keys()):
+        raise ValueError(f"{name}: it also needs the option {needed[0]!r}")
     return reader(folder, split, **options)
 
 

@@ -177,8 +177,8 @@ def spectrum(
     """Features ``[1, bins, frames]`` float32 of a wave ``[n]``.
 
     Args:
-        feature: ``"mel"``: power in `bins` mel bands, in dB below the loudest, down to -80. ``"mfcc"``: the first
-            `bins` cepstral coefficients of 128 mel bands.
+        feature: ``"mel"``: power in `bins` mel bands, in dB below the loudest, down to -80 or a power of
+            1e-10. ``"mfcc"``: the first `bins` cepstral coefficients of 128 mel bands.
         rate: samples a second.
         n_fft, hop: length and distance of the windows, in samples.
         frames: another number of windows is stretched to this one (bilinear).
