@@ -75,7 +75,7 @@ def test_read_wave(tmp_path):
     (tmp_path / "empty.wav").write_bytes(b"")
     for name, said in {
         "none": "expected finite samples, got none", "nan": "expected finite samples, got some that are not",
-        "text": "not a sound that can be read", "empty": "not a sound that can be read",
+        "text": "expected a sound that can be read", "empty": "expected a sound that can be read",
     }.items():  # fmt: skip
         with pytest.raises(BrokenFileError, match=rf"{name}\.wav: {said}"):
             read_wave(str(tmp_path / f"{name}.wav"), 8000)

@@ -93,9 +93,10 @@ def test_odd_recordings(how):
         ((0, "number", None), "frames must be a whole number from 1 on, got 0"),
         ((None, "time", None), "frames must be a whole number from 1 on, got None"),
         ((4, "event", None), "by must be 'number', 'time' or 'duration', got 'event'"),
-        ((4, "number", 5), "duration must be microseconds with by='duration' and None otherwise, got 5"),
+        ((4, "number", 5), "duration must be whole microseconds with by='duration' and None otherwise, got 5"),
         ((4, "duration", None), "duration must be .* got None"),
         ((4, "duration", 0), "duration must be .* got 0"),
+        ((4, "duration", "30 ms"), "duration must be .* got '30 ms'"),
     ],
 )
 def test_wrong_frames(how, said, tmp_path):
@@ -216,6 +217,21 @@ def test_saved_frames_of_another_shape(tmp_path):
         assert len(create_dataset("n_mnist", tmp_path, frames=4, on_error="skip")) == 1
 
 
+def test_below_spikingjellys_extract(tmp_path):
+    n_mnist(tmp_path / "n_mnist/extract")
+    (tmp_path / "n_mnist/download").mkdir()
+    assert len(create_dataset("n_mnist", tmp_path / "n_mnist", "test", frames=2)) == 10
+    cifar10_dvs(tmp_path / "cifar/extract", range(2))
+    assert len(create_dataset("cifar10_dvs", tmp_path / "cifar", "test", frames=2, test_share=0.5)) == 10
+    tree(tmp_path, {f"caltech/extract/Caltech101/ant/{i}.bin": random_events(9, (180, 240)) for i in range(2)})
+    frames = {"frames": np.zeros((3, 2, 180, 240))}
+    tree(tmp_path, {"caltech/frames_number_3_split_by_time/ant/1.npz": frames})  # of another number
+    dataset = create_dataset("n_caltech101", tmp_path / "caltech", "test", frames=2, test_share=0.5)
+    assert (len(dataset), dataset.classes) == (1, ["ant"])
+    gesture_tree(tmp_path / "gesture/extract")
+    assert len(create_dataset("dvs128_gesture", tmp_path / "gesture", frames=2)) == 3
+
+
 def test_event_folder(tmp_path):
     tree(tmp_path, {
         "train/a/1.bin": random_events(9, (10, 12)), "train/b/1.npz": random_events(9, (10, 12))._asdict(),
@@ -296,7 +312,7 @@ def test_own_split_file(tmp_path):
         save_split(tmp_path / "other.json", {"dog": []}, chosen)
 
 
-@pytest.mark.parametrize("share", [0, 1, -1, None])
+@pytest.mark.parametrize("share", [0, 1, -1, None, "0.1"])
 def test_wrong_share(share):
     with pytest.raises(ValueError, match="test_share must be between 0 and 1"):
         split_files("x", {"a": ["1"]}, "train", share)

@@ -4,6 +4,8 @@ import gzip
 import pickle
 import re
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -207,7 +209,7 @@ def test_broken_images(tmp_path):
     dataset = create_dataset("image_folder", tmp_path)
     for i, name in ((1, "1.jpg"), (2, "2.png"), (4, "4.png")):
         with pytest.raises(
-            BrokenFileError, match=rf"{re.escape(str(tmp_path))}/train/a/{name}: not an image that can be read: "
+            BrokenFileError, match=rf"{re.escape(str(tmp_path))}/train/a/{name}: expected an image that can be read: "
         ):
             dataset[i]
     for _ in range(2):
@@ -261,6 +263,28 @@ def test_wrong_arguments(tmp_path, args, options, said):
     name, *split = args
     with pytest.raises(ValueError, match=said):
         create_dataset(name, tmp_path, *split, **options)
+
+
+def test_without_a_folder():
+    with pytest.raises(ValueError, match="root must be the folder that holds mnist, got None"):
+        create_dataset("mnist", None)
+
+
+def test_without_the_extra(tmp_path, monkeypatch):
+    for name, module, package in [("mnist", "images", "torchvision.datasets"), ("gtzan", "audio", "librosa")]:
+        monkeypatch.delitem(sys.modules, f"spikecore.data.{module}", raising=False)
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=rf'{name} needs {package}: pip install "spikecore\[train\]"'):
+            create_dataset(name, tmp_path)
+
+
+def test_names_need_no_extra(tmp_path):
+    """Nor do the readers of event files."""
+    script = "import sys; from spikecore.data import list_datasets, read_events; list_datasets(); print(*sys.modules)"
+    # Not in the clone: there the bare source folder would stand before the installed package.
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    loaded = done.stdout.split()
+    assert not {"torchvision", "PIL", "librosa", "soundfile", "sklearn", "scipy", "aedat"} & set(loaded)
 
 
 def test_missing_files_are_one_line(tmp_path):

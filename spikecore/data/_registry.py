@@ -73,7 +73,9 @@ def create_dataset(
     if on_error not in ("raise", "skip"):
         raise ValueError(f"create_dataset: on_error must be 'raise' or 'skip', got {on_error!r}")
     kind, module = _SETS[name]
-    folder = Path(root).expanduser() if root is not None else Path()
+    if root is None and name != "digits":
+        raise ValueError(f"create_dataset: root must be the folder that holds {name}, got None")
+    folder = Path(root or ".").expanduser()
     source = _read(name, module, folder, split, options)
     if classes is not None:
         source = _only(name, source, list(classes))

@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 import torch
 
-from spikecore.data._samples import BrokenFileError, Source
+from spikecore.data._samples import BrokenFileError, Source, reading
 from spikecore.data.folders import class_files, divided, first_folder, missing, no_val, numbered, split_folder
 from spikecore.data.splits import split_files
 
@@ -206,11 +206,8 @@ def read_wave(path: str, rate: int) -> np.ndarray:
     Raises:
         BrokenFileError: not a sound file, or one without a finite sample.
     """
-    try:
-        with open(path, "rb") as file:
-            wave, own_rate = soundfile.read(file, dtype="float32", always_2d=True)
-    except soundfile.SoundFileError as e:
-        raise BrokenFileError(f"{path}: not a sound that can be read: {e}") from e
+    with reading(path, "a sound that can be read"), open(path, "rb") as file:
+        wave, own_rate = soundfile.read(file, dtype="float32", always_2d=True)
     wave = wave.mean(axis=1)
     if not len(wave) or not np.isfinite(wave).all():
         raise BrokenFileError(f"{path}: expected finite samples, got {'some that are not' if len(wave) else 'none'}")

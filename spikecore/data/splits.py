@@ -43,7 +43,7 @@ def split_files(
         if len(keys) != count:
             raise ValueError(f"{name}: {split_file} divides {count:,} samples, but {len(keys):,} are there; {other}")
         return {of: [f for f in paths if (_key(f, of) in test) == (split == "test")] for of, paths in files.items()}
-    if test_share is None or not 0 < test_share < 1:
+    if not isinstance(test_share, (int, float)) or not 0 < test_share < 1:
         raise ValueError(f"{name}: test_share must be between 0 and 1, got {test_share}")
     chosen = {}
     for of, paths in files.items():
