@@ -1,14 +1,14 @@
 """What is made once and kept on disk: the arrays of a set, and the list of its broken files.
 
 A folder below the cache is named after the set and a hash of its files (path, size, time of change), the recipe and
-`VERSION`. It is written under another name and renamed when complete, so that two processes may make it at once.
+`VERSION`. It is written under another name and renamed when complete; of processes that want it at once, such as the
+ranks of a training, one makes it while the others wait.
 """
 
 import hashlib
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock  # torch needs it too
 from torch import Tensor
 
 from spikecore.data._samples import BrokenFileError, Source
@@ -33,8 +34,7 @@ def made_arrays(cache: Path, name: str, source: Source, skip: bool) -> tuple[Cal
         BrokenFileError: for the first one, unless `skip`.
     """
     folder = cache / f"{name}-{_key(source)}"
-    if not folder.is_dir():
-        _write(folder, partial(_write_arrays, source=source, skip=skip))
+    _make(folder, partial(_write_arrays, source=source, skip=skip))
     index = np.load(folder / "index.npy")
     broken = _load_broken(folder)
     if broken and not skip:
@@ -45,8 +45,7 @@ def made_arrays(cache: Path, name: str, source: Source, skip: bool) -> tuple[Cal
 def broken_items(cache: Path, name: str, source: Source) -> dict[int, str]:
     """What is wrong with each item that cannot be loaded, by its place; all are tried, in threads."""
     folder = cache / f"{name}-broken-{_key(source)}"
-    if not folder.is_dir():
-        _write(folder, partial(_write_broken, source=source))
+    _make(folder, partial(_write_broken, source=source))
     return _load_broken(folder)
 
 
@@ -62,22 +61,24 @@ def _key(source: Source) -> str:
     return digest.hexdigest()[:16]
 
 
-def _write(folder: Path, fill: Callable[[Path], None]) -> None:
+def _make(folder: Path, fill: Callable[[Path], None]) -> None:
+    if folder.is_dir():
+        return
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        lock.acquire()
     except OSError as e:
         raise OSError(f"cannot write to the cache {folder.parent} ({e.strerror}); choose another with cache=") from e
     try:
-        fill(unfinished)
-        unfinished.chmod(0o755)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, with the same content
-                raise
+        if not folder.is_dir():  # else another process made it meanwhile
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
+                filled = Path(unfinished) / "filled"
+                filled.mkdir()
+                fill(filled)
+                filled.rename(folder)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        lock.release()
 
 
 def _write_arrays(folder: Path, source: Source, skip: bool) -> None:
