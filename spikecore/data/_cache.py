@@ -1,13 +1,14 @@
 """What is made once and kept on disk: the arrays of a set, and the list of its broken files.
 
 A folder below the cache is named after the set and a hash of its files (path, size, time of change), the recipe and
-`VERSION`. It is written under another name and renamed when complete, so that two processes may make it at once.
+`VERSION`. It is written under another name and renamed when complete; of processes that want it at once, such as the
+ranks of a training, one makes it while the others wait.
 """
 
 import hashlib
 import json
+import math
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock  # torch needs it too
 from torch import Tensor
 
 from spikecore.data._samples import BrokenFileError, Source
 
 VERSION = 1
+_ROW = np.dtype([("offset", "i8"), ("dtype", "S4"), ("shape", "i4", 4)])  # of arrays of up to four dimensions
 
 
 def made_arrays(cache: Path, name: str, source: Source, skip: bool) -> tuple[Callable[[int], Tensor], dict[int, str]]:
@@ -31,8 +34,7 @@ def made_arrays(cache: Path, name: str, source: Source, skip: bool) -> tuple[Cal
         BrokenFileError: for the first one, unless `skip`.
     """
     folder = cache / f"{name}-{_key(source)}"
-    if not folder.is_dir():
-        _write(folder, partial(_write_arrays, source=source, skip=skip))
+    _make(folder, partial(_write_arrays, source=source, skip=skip))
     index = np.load(folder / "index.npy")
     broken = _load_broken(folder)
     if broken and not skip:
@@ -43,8 +45,7 @@ def made_arrays(cache: Path, name: str, source: Source, skip: bool) -> tuple[Cal
 def broken_items(cache: Path, name: str, source: Source) -> dict[int, str]:
     """What is wrong with each item that cannot be loaded, by its place; all are tried, in threads."""
     folder = cache / f"{name}-broken-{_key(source)}"
-    if not folder.is_dir():
-        _write(folder, partial(_write_broken, source=source))
+    _make(folder, partial(_write_broken, source=source))
     return _load_broken(folder)
 
 
@@ -60,36 +61,40 @@ def _key(source: Source) -> str:
     return digest.hexdigest()[:16]
 
 
-def _write(folder: Path, fill: Callable[[Path], None]) -> None:
+def _make(folder: Path, fill: Callable[[Path], None]) -> None:
+    if folder.is_dir():
+        return
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        lock.acquire()
     except OSError as e:
         raise OSError(f"cannot write to the cache {folder.parent} ({e.strerror}); choose another with cache=") from e
     try:
-        fill(unfinished)
-        unfinished.chmod(0o755)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, with the same content
-                raise
+        if not folder.is_dir():  # else another process made it meanwhile
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as unfinished:
+                filled = Path(unfinished) / "filled"
+                filled.mkdir()
+                fill(filled)
+                filled.rename(folder)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        lock.release()
 
 
 def _write_arrays(folder: Path, source: Source, skip: bool) -> None:
-    offsets, broken = [], {}
+    index, broken = np.zeros(len(source.items), _ROW), {}
     with open(folder / "arrays.bin", "wb") as out:
         for i, item in enumerate(_progress(source.items)):
-            offsets.append(out.tell())
             try:
-                np.save(out, source.load(item))
+                array = source.load(item)
             except (BrokenFileError, OSError) as e:
                 if not skip:
                     raise
                 broken[i] = _line(e)
-    np.save(folder / "index.npy", np.asarray(offsets, dtype=np.int64))
+            else:
+                index[i] = (out.tell(), array.dtype.str, array.shape + (-1,) * (4 - array.ndim))
+                out.write(array.tobytes())
+    np.save(folder / "index.npy", index)
     _save_broken(folder, broken)
 
 
@@ -107,9 +112,9 @@ def _write_broken(folder: Path, source: Source) -> None:
 
 
 def _load_array(file: str, index: np.ndarray, i: int) -> Tensor:
-    with open(file, "rb") as f:
-        f.seek(index[i])
-        return torch.from_numpy(np.load(f)).float()
+    offset, dtype, shape = index[i].item()
+    shape = [size for size in shape if size >= 0]
+    return torch.from_numpy(np.fromfile(file, dtype.decode(), math.prod(shape), offset=offset).reshape(shape)).float()
 
 
 def _save_broken(folder: Path, broken: dict[int, str]) -> None:

@@ -73,7 +73,9 @@ def create_dataset(
     if on_error not in ("raise", "skip"):
         raise ValueError(f"create_dataset: on_error must be 'raise' or 'skip', got {on_error!r}")
     kind, module = _SETS[name]
-    folder = Path(root).expanduser() if root is not None else Path()
+    if root is None and name != "digits":
+        raise ValueError(f"create_dataset: root must be the folder that holds {name}, got None")
+    folder = Path(root or ".").expanduser()
     source = _read(name, module, folder, split, options)
     if classes is not None:
         source = _only(name, source, list(classes))
@@ -84,7 +86,7 @@ def create_dataset(
     if source.recipe is not None:
         load, broken = made_arrays(where, name, source, skip)
     else:
-        load, broken = source.load, broken_items(where, name, source) if skip else {}
+        load, broken = source.load, broken_items(where, name, source) if skip and source.files else {}
     keep = [i for i in range(len(source.labels)) if i not in broken]
     if broken:
         warnings.warn(f"{name}: left out {len(broken):,} of {len(source.labels):,} samples that cannot be read; "
@@ -104,6 +106,8 @@ def _read(name: str, module: str, folder: Path, split: str, options: dict[str, A
     taken = reader.__code__.co_varnames[2 : reader.__code__.co_argcount + reader.__code__.co_kwonlyargcount]
     if unknown := sorted(options.keys() - set(taken)):
         raise ValueError(f"{name}: unknown option {unknown[0]!r}; it takes {', '.join(taken) or 'none'}")
+    if needed := sorted(set(taken) - options.keys() - (reader.__kwdefaults__ or {}).keys()):
+        raise ValueError(f"{name}: it also needs the option {needed[0]!r}")
     return reader(folder, split, **options)
 
 

@@ -1,16 +1,32 @@
 """The dataset that `create_dataset` returns, what a set's reader hands it, and the error a broken file raises."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
 
-__all__ = ["BrokenFileError", "Samples", "Source"]
+__all__ = ["BrokenFileError", "Samples", "Source", "reading"]
 
 
 class BrokenFileError(ValueError):
     """A file that cannot be read: the line names the file, the place in it, and what was expected there."""
+
+
+@contextmanager
+def reading(path: str | os.PathLike, expected: str) -> Iterator[None]:
+    """What a library raises on a damaged file, which may be anything, becomes one line of a `BrokenFileError`."""
+    try:
+        yield
+    except (BrokenFileError, ImportError):
+        raise
+    except BaseException as e:
+        unopened = isinstance(e, OSError) and e.filename
+        if unopened or not (isinstance(e, Exception) or type(e).__name__ == "PanicException"):  # Rust's
+            raise
+        raise BrokenFileError(f"{path}: expected {expected}: {' '.join(str(e).split()) or type(e).__name__}") from e
 
 
 @dataclass(frozen=True)

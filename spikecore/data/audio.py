@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 import torch
 
-from spikecore.data._samples import BrokenFileError, Source
+from spikecore.data._samples import BrokenFileError, Source, reading
 from spikecore.data.folders import class_files, divided, first_folder, missing, no_val, numbered, split_folder
 from spikecore.data.splits import split_files
 
@@ -177,8 +177,8 @@ def spectrum(
     """Features ``[1, bins, frames]`` float32 of a wave ``[n]``.
 
     Args:
-        feature: ``"mel"``: power in `bins` mel bands, in dB below the loudest, down to -80. ``"mfcc"``: the first
-            `bins` cepstral coefficients of 128 mel bands.
+        feature: ``"mel"``: power in `bins` mel bands, in dB below the loudest, down to -80 or a power of
+            1e-10. ``"mfcc"``: the first `bins` cepstral coefficients of 128 mel bands.
         rate: samples a second.
         n_fft, hop: length and distance of the windows, in samples.
         frames: another number of windows is stretched to this one (bilinear).
@@ -206,11 +206,8 @@ def read_wave(path: str, rate: int) -> np.ndarray:
     Raises:
         BrokenFileError: not a sound file, or one without a finite sample.
     """
-    try:
-        with open(path, "rb") as file:
-            wave, own_rate = soundfile.read(file, dtype="float32", always_2d=True)
-    except soundfile.SoundFileError as e:
-        raise BrokenFileError(f"{path}: not a sound that can be read: {e}") from e
+    with reading(path, "a sound that can be read"), open(path, "rb") as file:
+        wave, own_rate = soundfile.read(file, dtype="float32", always_2d=True)
     wave = wave.mean(axis=1)
     if not len(wave) or not np.isfinite(wave).all():
         raise BrokenFileError(f"{path}: expected finite samples, got {'some that are not' if len(wave) else 'none'}")

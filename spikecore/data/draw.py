@@ -1,6 +1,7 @@
 """Pictures of event frames: blue where it grew brighter (on), orange where darker (off), on dark grey."""
 
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,9 @@ def load_frames(
     The sensor is taken to be the smallest of `SENSORS` on which all events lie, else as large as they need. The other
     arguments: see `spikecore.data.frames.events_to_frames`.
     """
-    if Path(path).suffix.lower() == ".npz":
-        with np.load(path) as archive:
-            ready = "frames" in archive.files
+    if Path(path).suffix.lower() == ".npz" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            ready = "frames.npy" in archive.namelist()
         if ready:
             return npz_arrays(path, ("frames",))[0]
     events = read_events(path)

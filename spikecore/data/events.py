@@ -8,7 +8,7 @@ below SpikingJelly's ``extract``.
 
 import csv
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from torch import Tensor
 from spikecore.data._samples import BrokenFileError, Source
 from spikecore.data.folders import (
     class_files,
-    class_names,
     divided,
     first_folder,
     missing,
@@ -34,6 +33,7 @@ from spikecore.data.splits import FIXED, split_files
 
 Size = tuple[int, int]
 
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 GESTURES = [
     "hand_clapping", "right_hand_wave", "left_hand_wave", "right_arm_clockwise", "right_arm_counter_clockwise",
     "left_arm_clockwise", "left_arm_counter_clockwise", "arm_roll", "air_drums", "air_guitar", "other_gestures",
@@ -99,11 +99,13 @@ def cifar10_dvs(
     of the recordings in the order of their names, as text, the first 900 are for training; another set of files needs
     `test_share` or `split_file` (`spikecore.data.splits.split_files`).
     """
-    fixed = FIXED / "cifar10_dvs.json" if test_share is None and split_file is None else split_file
-    where = root if root.is_dir() and class_names(root, (".aedat", ".aedat4", ".mat")) else None
-    return _undivided(
-        "cifar10_dvs", root, split, (128, 128), (frames, by, duration), (test_share, fixed), where, "<class>/*.aedat"
-    )
+    if test_share is None and split_file is None:
+        split_file = str(FIXED / "cifar10_dvs.json")
+    places, expected = ("extract", "."), "<class>/*.aedat or <class>/*.mat"
+    files, base = _undivided("cifar10_dvs", root, frames, by, places, (".aedat", ".aedat4", ".mat"), expected)
+    files = {of: files[of] for of in CIFAR10_CLASSES if of in files}
+    files = split_files("cifar10_dvs", files, split, test_share, split_file)
+    return _source(files, CIFAR10_CLASSES, base, (128, 128), (frames, by, duration))
 
 
 def n_caltech101(
@@ -123,11 +125,10 @@ def n_caltech101(
     Args:
         test_share, split_file: see `spikecore.data.splits.split_files`.
     """
-    where = first_folder(root, ("Caltech101", "."))
-    return _undivided(
-        "n_caltech101", root, split, (180, 240), (frames, by, duration), (test_share, split_file), where,
-        "Caltech101/<class>/*.bin",
-    )  # fmt: skip
+    places, expected = ("Caltech101", "extract/Caltech101", "."), "Caltech101/<class>/*.bin"
+    files, base = _undivided("n_caltech101", root, frames, by, places, (".bin",), expected)
+    chosen = split_files("n_caltech101", files, split, test_share, split_file)
+    return _source(chosen, list(files), base, (180, 240), (frames, by, duration))
 
 
 def event_folder(
@@ -158,7 +159,6 @@ def _trees(root: Path, frames: int | None, by: str) -> Path | None:
 
 def _divided(name: str, root: Path, split: str, size: Size, options: Options, classes: list[str] | None) -> Source:
     """A set whose folders divide it."""
-    check_frames(*options[:2], options[2])
     if classes is not None:
         no_val(name, split)
     base = _trees(root, *options[:2]) or next((at for at in (root, root / "extract") if split_folder(at, split)), root)
@@ -170,32 +170,23 @@ def _divided(name: str, root: Path, split: str, size: Size, options: Options, cl
 
 
 def _undivided(
-    name: str,
-    root: Path,
-    split: str,
-    size: Size,
-    options: Options,
-    division: tuple[float | None, Any],
-    where: Path | None,
-    expected: str,
-) -> Source:
-    """A set of class folders, divided by rule or file."""
-    check_frames(*options[:2], options[2])
-    base = _trees(root, *options[:2]) or where
-    base = base if base and class_names(base, EXTENSIONS) else first_folder(root, ("extract/Caltech101", "extract"))
-    files = class_files(base, EXTENSIONS) if base else {}
-    if not files:
-        raise missing(name, root, f"{expected}, or SpikingJelly's events_np or frames_number_...")
-    classes = list(files)
-    return _source(split_files(name, files, split, *division), classes, base, size, options)
+    name: str, root: Path, frames: int | None, by: str, places: Sequence[str], extensions: Sequence[str], expected: str
+) -> tuple[dict[str, list[str]], Path]:
+    """``(files by class, their folder)`` of a set in class folders, in SpikingJelly's tree or in one of `places`."""
+    candidates = [(_trees(root, frames, by), (".npz",)), *((first_folder(root, [at]), extensions) for at in places)]
+    for base, kinds in candidates:
+        if base and (files := class_files(base, kinds)):
+            return files, base
+    raise missing(name, root, f"{expected}, or SpikingJelly's events_np or frames_number_...")
 
 
-def _source(files: dict[str, list[str]], classes: list[str], base: Path | None, size: Size, options: Options) -> Source:
+def _source(files: dict[str, list[str]], classes: list[str], base: Path, size: Size, options: Options) -> Source:
     paths, labels = numbered(files, classes)
     frames, by, duration = options
-    if base and base.name.startswith("frames_number_"):
+    check_frames(frames, by, duration)
+    if base.name.startswith("frames_number_"):
         load: Callable[[Any], Any] = partial(_saved_frames, shape=(frames, 2, *size))
-        return Source(classes, paths, labels, load)
+        return Source(classes, paths, labels, load, paths)
     load = partial(_framed, read_events, size=size, frames=frames, by=by, duration=duration)
     return Source(classes, paths, labels, load, paths, _recipe(size, frames, by, duration))
 

@@ -16,9 +16,10 @@ def check_frames(frames: int | None, by: str, duration: int | None) -> None:
     """
     if by not in BY:
         raise ValueError(f"events: by must be 'number', 'time' or 'duration', got {by!r}")
-    if (duration is None) == (by == "duration") or not (duration is None or duration > 0):
+    whole = isinstance(duration, int) and duration > 0
+    if not (whole if by == "duration" else duration is None):
         raise ValueError(
-            f"events: duration must be microseconds with by='duration' and None otherwise, got {duration!r}"
+            f"events: duration must be whole microseconds with by='duration' and None otherwise, got {duration!r}"
         )
     if not (frames is None and by == "duration") and not (isinstance(frames, int) and frames > 0):
         raise ValueError(f"events: frames must be a whole number from 1 on, got {frames!r}")

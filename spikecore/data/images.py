@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.datasets import FashionMNIST
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from spikecore.data._samples import BrokenFileError, Source
+from spikecore.data._samples import BrokenFileError, Source, reading
 from spikecore.data.digits import load_digits
 from spikecore.data.folders import class_files, divided, first_folder, missing, no_val, numbered, split_folder
 from spikecore.data.splits import split_files
@@ -104,15 +104,8 @@ def open_image(path: str) -> Image.Image:
     Raises:
         BrokenFileError: not an image, or cut off.
     """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (Image.UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError, EOFError) as e:
-        raise BrokenFileError(f"{path}: not an image that can be read: {str(e).replace(repr(path), 'it')}") from e
-    except OSError as e:
-        if e.filename:
-            raise
-        raise BrokenFileError(f"{path}: not an image that can be read: {e}") from e
+    with reading(path, "an image that can be read"), Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -121,11 +114,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     Raises:
         BrokenFileError: another file, or a part of one.
     """
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            data = file.read()
-    except (EOFError, gzip.BadGzipFile) as e:
-        raise BrokenFileError(f"{path}: expected a complete gzip file: {e}") from e
+    packed = path.suffix == ".gz"
+    with reading(path, "a complete gzip file"), gzip.open(path) if packed else open(path, "rb") as file:
+        data = file.read()
     magic = bytes((0, 0, 8, dimensions))
     if data[:4] != magic:
         raise BrokenFileError(
@@ -146,11 +137,8 @@ def read_batch(path: Path) -> dict[str, Any]:
     Raises:
         BrokenFileError: another file, a part of one, or one that would run code.
     """
-    try:
-        with open(path, "rb") as file:
-            batch = _ArraysOnly(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as e:
-        raise BrokenFileError(f"{path}: expected a pickled batch of CIFAR: {e or type(e).__name__}") from e
+    with reading(path, "a pickled batch of CIFAR"), open(path, "rb") as file:
+        batch = _ArraysOnly(file, encoding="latin1").load()
     if not isinstance(batch, dict):
         raise BrokenFileError(f"{path}: expected a pickled dict, got {type(batch).__name__}")
     return batch

@@ -35,12 +35,15 @@ def split_files(
     if split_file is not None:
         count, test = read_split(split_file)
         keys = {_key(file, of) for of, paths in files.items() for file in paths}
+        other = "other files need test_share or a split file of their own"
         if lost := sorted(test - keys):
-            raise ValueError(f"{name}: {len(lost):,} test samples of {split_file} are not there, first {lost[0]}")
+            raise ValueError(
+                f"{name}: {len(lost):,} test samples of {split_file} are not there, first {lost[0]}; {other}"
+            )
         if len(keys) != count:
-            raise ValueError(f"{name}: {split_file} divides {count:,} samples, but {len(keys):,} are there")
+            raise ValueError(f"{name}: {split_file} divides {count:,} samples, but {len(keys):,} are there; {other}")
         return {of: [f for f in paths if (_key(f, of) in test) == (split == "test")] for of, paths in files.items()}
-    if test_share is None or not 0 < test_share < 1:
+    if not isinstance(test_share, (int, float)) or not 0 < test_share < 1:
         raise ValueError(f"{name}: test_share must be between 0 and 1, got {test_share}")
     chosen = {}
     for of, paths in files.items():
