@@ -2,6 +2,7 @@
 
 from golden import (
     codebooks,  # noqa: F401
+    distillation,  # noqa: F401
     models,  # noqa: F401
     neurons,  # noqa: F401
     qk_attention,  # noqa: F401
