@@ -83,8 +83,8 @@ def _libraries() -> dict[str, list[str]]:
 
 
 def build_distiller(
-    student: nn.Module, criterion: Criterion, input_shape: Sequence[int], *, teacher: str | nn.Module = "", loss: str = "",
-    student_feature: str | Sequence[str] = (), teacher_feature: str | Sequence[str] = (),
+    student: nn.Module, criterion: Criterion, input_shape: Sequence[int], *, teacher: str | nn.Module = "",
+    loss: str = "", student_feature: str | Sequence[str] = (), teacher_feature: str | Sequence[str] = (),
     teacher_checkpoint: str | os.PathLike | None = None, teacher_settings: dict[str, Any] | None = None,
     teacher_size: int | None = None, teacher_mean: Sequence[float] | None = None,
     teacher_std: Sequence[float] | None = None, teacher_amp: str | None = None,
@@ -111,7 +111,7 @@ def build_distiller(
         ValueError: an unknown name or setting (the nearest ones are offered), one that is missing, models that cannot
             take the input, features that cannot be aligned.
     """
-    if not teacher:
+    if teacher == "":
         raise ValueError("distill: teacher is missing: the name of a model")
     settings = _check(loss, settings)
     ours = [student_feature] if isinstance(student_feature, str) else [*student_feature]

@@ -23,7 +23,7 @@ class Distiller(nn.Module):
 
     `parameters()` are the student's and the losses' own. The teacher is no submodule: it follows `to()`, and stands in
     neither `parameters()` nor `state_dict()`. The student's weights alone are ``distiller.student.state_dict()``; to
-    resume, ``distiller.losses.state_dict()`` too. Wrap the distiller, not the student, for several processes.
+    resume, ``distiller.losses.state_dict()`` too. Compile or distribute the distiller, not the student.
 
     Args:
         student, teacher: with outputs ``[B, K]``. The teacher's parameters stop requiring gradients.
@@ -51,6 +51,8 @@ class Distiller(nn.Module):
                 f"distill: student and teacher must name as many features, got {len(student_features)} and "
                 f"{len(teacher_features)}"
             )
+        if hasattr(student, "_orig_mod") or student._compiled_call_impl is not None:
+            raise ValueError("distill: a compiled student shows no features; compile the distiller instead")
         check_names(student, student_features, "student_feature")
         check_names(teacher, teacher_features, "teacher_feature")
         self.student, self.losses, self.criterion = student, nn.ModuleDict(losses), criterion
