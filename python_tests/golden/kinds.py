@@ -5,6 +5,7 @@ from golden import (
     distillation,  # noqa: F401
     models,  # noqa: F401
     neurons,  # noqa: F401
+    pruning,  # noqa: F401
     qk_attention,  # noqa: F401
     scans,  # noqa: F401
     spiking_self_attention,  # noqa: F401
