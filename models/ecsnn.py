@@ -46,7 +46,7 @@ class ECSNN(SpikingModel):
     ) -> None:  # fmt: skip
         super().__init__(T, in_chans, num_classes)
         self.step_norm = step_norm
-        self.settings = {  # whatever builds another one of this form
+        self.settings: dict[str, Any] = {  # whatever builds another one of this form
             "layers": layers, "hidden": hidden, "img_size": img_size, "spiking": spiking, "tau": tau,
             "dropout": dropout, "step_norm": step_norm, "T": T, "in_chans": in_chans, "num_classes": num_classes,
         }  # fmt: skip

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from spikecore._backend import __version__
-from spikecore.models import ECSNN, create_model
+from spikecore.models import ECSNN, load_checkpoint
 from spikecore.neurons import Neuron
 from spikecore.train.files import replace_file
 
@@ -137,7 +137,7 @@ def prune(
     if len(keep) != len(convolutions):
         raise ValueError(f"prune: keep must be of {len(convolutions)} convolutions, got {len(keep)}")
     for layer, (i, filters) in enumerate(zip(convolutions, keep, strict=True)):
-        width = len(model.conv_fc[i].weight)
+        width = len(model.get_parameter(f"conv_fc.{i}.weight"))
         if not filters or not 0 <= min(filters) <= max(filters) < width or len(set(filters)) < len(filters):
             raise ValueError(f"prune: keep[{layer}] must be different numbers from 0 to {width - 1}, got {[*filters]}")
     widths = map(len, keep)
@@ -148,17 +148,14 @@ def prune(
             "num_classes": num_classes,
         }
     ).to(next(model.parameters()).device)  # fmt: skip
+    old, new = model.state_dict(), small.state_dict()
     inputs: Sequence[int] = range(model.in_chans)
     for i, filters in zip(convolutions, keep, strict=True):
-        old, new = model.conv_fc[i], small.conv_fc[i]
-        new.weight.copy_(old.weight[list(filters)][:, list(inputs)])
+        new[f"conv_fc.{i}.weight"].copy_(old[f"conv_fc.{i}.weight"][list(filters)][:, list(inputs)])
         inputs = filters
-        if published_quirks:
-            continue
-        if old.bias is not None:
-            new.bias.copy_(old.bias[list(filters)])
-        norm = model.conv_fc[i + 1].state_dict()
-        small.conv_fc[i + 1].load_state_dict({k: v[list(filters)] if v.dim() else v for k, v in norm.items()})
+        for key in () if published_quirks else old:
+            if key == f"conv_fc.{i}.bias" or key.startswith(f"conv_fc.{i + 1}."):
+                new[key].copy_(old[key][list(filters)] if old[key].dim() else old[key])
     return small
 
 
@@ -208,4 +205,6 @@ def load_pruned(path: str | os.PathLike) -> ECSNN:
     card = json.loads(path.with_suffix(".json").read_text())
     if hashlib.sha256(path.read_bytes()).hexdigest() != card["weights"]["sha256"]:
         raise ValueError(f"load_pruned: {path} is not the file that {path.with_suffix('.json').name} describes")
-    return create_model(card["model"], checkpoint=path, **card["settings"])
+    model = ECSNN(**card["settings"])
+    load_checkpoint(model, path)
+    return model
