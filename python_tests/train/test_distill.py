@@ -1,7 +1,13 @@
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("safetensors.torch")
 
@@ -32,11 +38,14 @@ def teacher(**settings):
     )
 
 
-def distiller(loss="mixed", **settings):
+def distiller(loss="mixed", student_settings=None, **settings):
     features = {} if loss == "wsld" else {"student_feature": "conv_fc.12", "teacher_feature": "conv_fc.12"}
     torch.manual_seed(0)
     return build_distiller(
-        student(), F.cross_entropy, IMAGE, **{"teacher": teacher(), "loss": loss, **features, **settings}
+        student(**(student_settings or {})),
+        F.cross_entropy,
+        IMAGE,
+        **{"teacher": teacher(), "loss": loss, **features, **settings},
     )
 
 
@@ -104,6 +113,35 @@ def test_training_brings_the_student_nearer():
         optimizer.step()
         parts.append(float(d.parts["blurred"]))
     assert parts[-1] < 0.5 * parts[0]
+
+
+def gradients(d, rank=0, ranks=1):
+    """Of half the batch, or all of it; norms in evaluation, and biased, so that neurons fire."""
+    for m in d.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eval()
+            nn.init.constant_(m.bias, 0.5)
+    model = d if ranks == 1 else DistributedDataParallel(d)
+    model(X[rank::ranks], Y[rank::ranks])[1].backward()
+    return {name: p.grad for name, p in d.named_parameters()}
+
+
+def one_rank_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(
+        gradients(distiller("mixed", mask=0.0, student_settings={"dropout": 0.0}), rank, 2), f"{folder}/{rank}.pt"
+    )
+    dist.destroy_process_group()
+
+
+def test_two_ranks_are_one_batch(tmp_path):
+    running = [subprocess.Popen([sys.executable, __file__, str(rank), tmp_path]) for rank in range(2)]
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, g in gradients(distiller("mixed", mask=0.0, student_settings={"dropout": 0.0})).items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], g, rtol=1e-4, atol=1e-5 * float(g.abs().max()))
 
 
 def test_a_compiled_distiller_gives_the_same():
@@ -199,6 +237,12 @@ def test_features_of_timm():
     torch.testing.assert_close(block, inside)
     torch.testing.assert_close(normed.flatten(2).transpose(1, 2), tokens[:, 4:])
     torch.testing.assert_close(pooled[:, :, 0, 0], tokens[:, 0])
+    oblong = timm.models.VisionTransformer(  # 15 patches and one more token are no square
+        img_size=(24, 40), patch_size=8, embed_dim=12, depth=1, num_heads=2, num_classes=5
+    ).eval()
+    wide = torch.rand(2, 3, 24, 40)
+    want = oblong.forward_intermediates(wide, 1, intermediates_only=True)
+    torch.testing.assert_close(observe(oblong, ["blocks.0"], wide)[1], want)
     assert block.shape == (2, 12, 4, 4)
     swin = timm.models.SwinTransformer(
         img_size=32, patch_size=4, window_size=4, embed_dim=12, depths=(1, 1), num_heads=(2, 2), num_classes=5
@@ -425,3 +469,7 @@ def test_an_output_that_is_no_map_or_never_comes():
     assert observe(Odd(), ["b"], X)[1][0].shape == (4, 3, 1, 1)  # the first of its outputs, one token
     with pytest.raises(ValueError, match=r"expected \[4, \.\.\.\], got \[1, 4, 1, 64\]"):
         observe(nn.Sequential(nn.Flatten(2), nn.Unflatten(0, (1, 4)), nn.Flatten(0, 1)), ["1"], X)
+
+
+if __name__ == "__main__":
+    one_rank_of_two(int(sys.argv[1]), pathlib.Path(sys.argv[2]))

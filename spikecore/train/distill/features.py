@@ -28,8 +28,8 @@ def observe(model: nn.Module, names: Sequence[str], x: Tensor) -> tuple[Tensor, 
 
     Time is averaged: of a model with time steps T a module's output is ``[T, B, ...]``, ``[T*B, ...]`` or, where a
     repeated image was computed once, ``[B, ...]``. A vector ``[B, C]`` is a map of one pixel. Of three dimensions our
-    models' are ``[B, C, N]``, others' tokens ``[B, N, C]``, those of classes left out; N is a square where it can be.
-    Models of timm and torchvision whose maps are ``[B, h, w, C]`` are known as such.
+    models' are ``[B, C, N]``, others' tokens ``[B, N, C]``, those of classes left out; N is the model's grid of patches
+    or a square where it can be. Models of timm and torchvision whose maps are ``[B, h, w, C]`` are known as such.
 
     Raises:
         ValueError: a module that was not called, or whose output is no such thing.
@@ -69,18 +69,24 @@ def _as_map(model: nn.Module, module: nn.Module, x: Tensor, out: Any) -> Tensor:
     if y.dim() == 2:
         return y[:, :, None, None]
     if y.dim() == 3:
-        if not isinstance(model, VisionModel):
-            y = y[:, _class_tokens(model) :].transpose(1, 2)
-        side = math.isqrt(y.shape[2])
-        return y.unflatten(2, (side, side) if side * side == y.shape[2] else (-1, 1))
+        return _grid(y, y.shape[2]) if isinstance(model, VisionModel) else _tokens_as_map(model, y)
     if y.dim() == 4:
         return y.permute(0, 3, 1, 2) if _channels_last(model, module) else y
     raise ValueError(f"expected 2 to 4 dimensions besides time, got {list(out.shape)}")
 
 
-def _class_tokens(model: nn.Module) -> int:
-    """Tokens that are no pixels: timm counts them; torchvision's transformer has one."""
-    return getattr(model, "num_prefix_tokens", int(hasattr(model, "class_token")))
+def _tokens_as_map(model: nn.Module, y: Tensor) -> Tensor:
+    """timm's models count the tokens that are no pixels (some add them late), torchvision's transformer has one."""
+    others = getattr(model, "num_prefix_tokens", int(hasattr(model, "class_token")))
+    h, w = getattr(getattr(model, "patch_embed", None), "grid_size", None) or (0, 0)
+    if h * w and y.shape[1] in (h * w, h * w + others):
+        return y[:, -h * w :].transpose(1, 2).unflatten(2, (h, w))
+    return _grid(y[:, others:].transpose(1, 2), y.shape[1] - others)
+
+
+def _grid(y: Tensor, N: int) -> Tensor:
+    side = math.isqrt(N)
+    return y.unflatten(2, (side, side) if side * side == N else (N, 1))
 
 
 def _channels_last(model: nn.Module, module: nn.Module) -> bool:
