@@ -77,11 +77,12 @@ def _as_map(model: nn.Module, module: nn.Module, x: Tensor, out: Any) -> Tensor:
 
 def _tokens_as_map(model: nn.Module, y: Tensor) -> Tensor:
     """timm's models count the tokens that are no pixels (some add them late), torchvision's transformer has one."""
-    others = getattr(model, "num_prefix_tokens", int(hasattr(model, "class_token")))
+    others, N = getattr(model, "num_prefix_tokens", int(hasattr(model, "class_token"))), y.shape[1]
     h, w = getattr(getattr(model, "patch_embed", None), "grid_size", None) or (0, 0)
-    if h * w and y.shape[1] in (h * w, h * w + others):
+    if h * w and N in (h * w, h * w + others):
         return y[:, -h * w :].transpose(1, 2).unflatten(2, (h, w))
-    return _grid(y[:, others:].transpose(1, 2), y.shape[1] - others)
+    others = next((n for n in (others, 0) if math.isqrt(N - n) ** 2 == N - n), others)
+    return _grid(y[:, others:].transpose(1, 2), N - others)
 
 
 def _grid(y: Tensor, N: int) -> Tensor:
