@@ -1,6 +1,7 @@
 """Everything that runs cases: importing this registers all runners and the operators' backends."""
 
 from golden import (
+    captions,  # noqa: F401
     codebooks,  # noqa: F401
     distillation,  # noqa: F401
     models,  # noqa: F401
