@@ -385,7 +385,9 @@ def test_a_cache_answers_for_samples_it_has_seen(tmp_path):
     assert len(list((tmp_path / "a" / "b").iterdir())) == 2
 
 
-@pytest.mark.parametrize("change", [lambda x: x.flip(-1), lambda x: 0.99 * x, lambda x: x.roll(1, 0)])
+@pytest.mark.parametrize(
+    "change", [lambda x: x.flip(-1), lambda x: 0.99 * x, lambda x: x.roll(1, 0), lambda x: x.roll(1, -1)]
+)
 def test_a_cache_refuses_a_sample_that_has_changed(tmp_path, change):
     d = distiller("wsld", cache=tmp_path)
     d(X, Y, ids=torch.arange(4))
