@@ -5,6 +5,7 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from spikecore.cli import main  # noqa: E402
 from spikecore.models import create_model  # noqa: E402
 from spikecore.train import loop  # noqa: E402
 from spikecore.train.batches import Order, open_samples, seed_all, train_batches  # noqa: E402
-from spikecore.train.build import Objective, SquaredError, build  # noqa: E402
+from spikecore.train.build import FewerFrames, Objective, SquaredError, build  # noqa: E402
 from spikecore.train.evaluate import class_names  # noqa: E402
 from spikecore.train.loop import DivergedError, train  # noqa: E402
 from spikecore.train.ranks import Ranks  # noqa: E402
@@ -381,3 +382,62 @@ def test_impossible_recipes():
             build(tiny(**{**PLAIN, **changes}), ranks, 4, torch.zeros(1, 8, 8))
     with pytest.raises(RecipeError, match="cutmix is for images"):
         build(tiny(), ALONE, 4, torch.zeros(2, 1, 8, 8))
+
+
+def test_distillation(trained, tmp_path):
+    section = {
+        "loss": "mixed", "teacher": TINY["model"], "teacher_checkpoint": str(trained / "model.safetensors"),
+        "teacher_settings": TINY["model_kwargs"], "student_feature": "conv_fc.7", "teacher_feature": "conv_fc.7",
+        "alpha": 1e-2, "mask": 0.15, "temperature": 2.0, "weight": 1.0,
+    }  # fmt: skip
+    student = {**TINY["model_kwargs"], "layers": "8 P 6 P"}
+    recipe = tiny(**{**PLAIN, "model_kwargs": student, "mixup": 0.5, "distill": section})
+    out = tmp_path / "run"
+    train(recipe, out)
+    weights = load_file(out / "model.safetensors")
+    create_model(TINY["model"], **student).load_state_dict(weights)
+    state = torch.load(out / "state.pt", weights_only=True)["objective"]
+    assert {key.split(".")[0] for key in state} == {"student", "losses"}  # never the teacher
+    train(recipe, out, resume=True)
+    bare = {k: v for k, v in section.items() if k != "teacher_checkpoint"}
+    with pytest.raises(ValueError, match="teacher_checkpoint is missing"):
+        train(tiny(**{**PLAIN, "distill": bare}), tmp_path / "bare")
+    with pytest.raises(RecipeError, match="does not go with loss=tet"):
+        train(tiny(**{**PLAIN, "distill": section, "loss": "tet"}), tmp_path / "tet")
+
+
+def test_a_student_of_fewer_frames():
+    class Distiller(torch.nn.Module):
+        def forward(self, x, targets, teacher_x):
+            return x, teacher_x
+
+    x = torch.arange(2 * 8 * 3.0).view(2, 8, 3, 1, 1)
+    student, teacher = FewerFrames(Distiller(), 4)(x, torch.zeros(2))
+    assert torch.equal(student, x[:, ::2] + x[:, 1::2])
+    assert teacher is x
+    with pytest.raises(ValueError, match="student_frames must divide"):
+        FewerFrames(Distiller(), 3)(x, torch.zeros(2))
+
+
+def test_events(tmp_path):
+    """Frames of a data set of one's own, augmented, mixed, and read by a student of fewer frames when it is tested."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for label in range(2):
+            folder = tmp_path / "data" / "frames_number_4_split_by_number" / part / str(label)
+            folder.mkdir(parents=True)
+            for i in range(8):
+                np.savez(folder / f"{i}.npz", frames=rng.integers(0, 3 + label, (4, 2, 32, 32)).astype(np.uint8))
+    options = {"frames": 4, "by": "number", "height": 32, "width": 32}
+    data = {"name": "event_folder", "root": str(tmp_path / "data"), "options": options}
+    kwargs = {"T": 4, "widths": [4, 4, 4, 4, 4], "hidden": [8, 8], "num_classes": 2}
+    recipe = {
+        **PLAIN, "model": "sma_vgg8_test", "model_kwargs": kwargs, "data": data, "img_size": None, "event_aug": "nda",
+        "mixup": 0.5, "loss": "tet", "batch_size": 8, "effective_batch": 8,
+    }  # fmt: skip
+    lines = train(tiny(**recipe), tmp_path / "run")
+    assert lines[0].startswith("test accuracy")
+    assert json.loads((tmp_path / "run" / "model.json").read_text())["kind"] == "events"
+    assert main(["predict", str(tmp_path / "run"), "x.png"]) == 1
+    samples = open_samples(tiny(**{**recipe, "img_size": 16}), training=False)
+    assert samples[0][0].shape == (4, 2, 16, 16)

@@ -106,9 +106,10 @@ def image_transform(recipe: Recipe, *, training: bool) -> Callable[[Any], Tensor
     }
     if not training:
         return create_transform(**common, crop_pct=recipe.crop_pct, crop_mode=recipe.crop_mode)
+    sizes: dict[str, Any] = {"scale": tuple(recipe.scale), "ratio": tuple(recipe.ratio)}
     try:
         transform: Any = create_transform(
-            **common, is_training=True, scale=tuple(recipe.scale), ratio=tuple(recipe.ratio), hflip=recipe.hflip,
+            **common, is_training=True, **sizes, hflip=recipe.hflip,
             color_jitter=recipe.color_jitter, auto_augment=recipe.aa, re_prob=recipe.reprob, re_mode=recipe.remode,
             re_count=recipe.recount,
         )  # fmt: skip

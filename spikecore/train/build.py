@@ -131,7 +131,9 @@ def build(recipe: Recipe, ranks: Ranks, updates: int, sample: Tensor) -> Parts:
     if ranks.world > 1 and not sharded:
         # Norms' running statistics stay each rank's own until they are used; then `dist_bn` makes them one.
         known = inspect.signature(DistributedDataParallel).parameters
-        own = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        own: dict[str, Any] = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+        }
         wrapped = DistributedDataParallel(objective, [ranks.device] if ranks.device.type == "cuda" else None, **own)
     optimizer, scheduler = _optimizer(recipe, objective, updates)
     half = recipe.amp and recipe.amp_dtype == "float16" and ranks.device.type == "cuda"

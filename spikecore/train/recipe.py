@@ -300,8 +300,8 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
         if value is None and types.NoneType in options:
             return None
         hint = next(x for x in options if x is not types.NoneType)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _build(hint, value, where, f"{key}.")
+    if hint is Data and isinstance(value, dict):
+        return _build(Data, value, where, f"{key}.")
     origin = typing.get_origin(hint) or hint
     if origin is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
