@@ -14,7 +14,7 @@ from training_runs import Server, tiny  # noqa: E402
 from spikecore.train.loop import train  # noqa: E402
 from spikecore.train.recipe import RecipeError  # noqa: E402
 
-UPDATES = 11 * 3  # 1437 // 128 an epoch
+UPDATES = 11 * 2  # 1437 // 128 an epoch
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_killed_at_random_and_resumed(server, whole, tmp_path):
     seed = places.randrange(1 << 30)
     places.seed(seed)
     out, kills = tmp_path / "run", 0
-    for left in (UPDATES - 4, 12, 6):
+    for left in (UPDATES - 6, 8, 4):
         kill = [places.randint(1, left), places.uniform(0, 60)]
         code = server.run(tiny(), out, resume=True, kill=kill)
         kills += code == -signal.SIGKILL
@@ -72,7 +72,7 @@ def test_a_run_is_not_overwritten_nor_changed(whole):
     with pytest.raises(RecipeError, match=r"holds a run already; go on with --resume"):
         train(tiny(), whole)
     for changes, message in (
-        ({"epochs": 4}, r"has epochs=3, not 4"),
+        ({"epochs": 4}, r"has epochs=2, not 4"),
         ({"model_kwargs": {**tiny().model_kwargs, "T": 3}}, r"has model_kwargs=\{"),
         ({"lr": 1e-3}, r"has lr=0\.005, not 0\.001"),
         ({"effective_batch": 64}, r"has effective_batch=128, not 64"),

@@ -209,7 +209,7 @@ def test_a_broken_sample_is_one_line_from_a_worker_too(tmp_path):
     recipe = tiny(
         **{**PLAIN, "model_kwargs": kwargs, "data": data, "workers": 1, "batch_size": 8, "effective_batch": 8}
     )
-    with pytest.raises(ValueError, match=r"^[^\n]*1\.png: not an image that can be read[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*1\.png: expected an image that can be read[^\n]*$"):
         train(recipe, tmp_path / "run")
 
 
