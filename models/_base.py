@@ -142,6 +142,10 @@ class SpikingModel(VisionModel):
         """Features before pooling, for every time step: ``[T, B, ...]``."""
         return self.sequence_features(self.frames(x))
 
+    def steps(self, x: Tensor) -> Tensor:
+        """Output of every time step, ``[T, B, num_classes]``: what losses over single steps take."""
+        return torch.cat([self.forward_head(step)[None] for step in self.forward_features(x).split(1)])
+
     def as_map(self, out: Tensor) -> Tensor:
         return out.mean(0)
 

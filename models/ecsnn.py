@@ -46,6 +46,10 @@ class ECSNN(SpikingModel):
     ) -> None:  # fmt: skip
         super().__init__(T, in_chans, num_classes)
         self.step_norm = step_norm
+        self.settings: dict[str, Any] = {  # whatever builds another one of this form
+            "layers": layers, "hidden": hidden, "img_size": img_size, "spiking": spiking, "tau": tau,
+            "dropout": dropout, "step_norm": step_norm, "T": T, "in_chans": in_chans, "num_classes": num_classes,
+        }  # fmt: skip
         self.conv_fc = nn.Sequential()  # one flat sequence: the published keys are conv_fc.{index}
         channels, pools = in_chans, []
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size

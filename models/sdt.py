@@ -138,6 +138,9 @@ class SDT(SpikingModel):
         """What the head's neuron reads."""
         return x.mean((3, 4))
 
+    def steps(self, x: Tensor) -> Tensor:
+        return self.head(self.head_lif(self.tokens(self.forward_features(x))))
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = self.head_lif(self.tokens(x))
         return x.mean(0) if pre_logits else self.head(x).mean(0)

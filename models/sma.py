@@ -154,6 +154,9 @@ class SMAVGG(SpikingModel):
             x = getattr(self, stage)(x)
         return x
 
+    def steps(self, x: Tensor) -> Tensor:
+        return self.others(self.forward_features(x))
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         return (self.others[:-1] if pre_logits else self.others)(x).mean(0)
 

@@ -12,9 +12,18 @@ __all__ = ["doctor_lines"]
 
 # distribution -> module, of the extra [train]
 _TRAIN = {
+    "librosa": "librosa",
     "matplotlib": "matplotlib",
+    "pillow": "PIL",
+    "PyYAML": "yaml",
     "safetensors": "safetensors",
     "scikit-learn": "sklearn",
+    "scipy": "scipy",
+    "soundfile": "soundfile",
+    "tensorboard": "tensorboard",
+    "timm": "timm",
+    "torchmetrics": "torchmetrics",
+    "torchvision": "torchvision",
     "tqdm": "tqdm",
 }
 

@@ -43,7 +43,7 @@ def state_of(case: Case) -> dict[str, Tensor]:
     """The case's state dict by its own keys."""
     state = {}
     for entry in case.data["state"]:
-        key, dtype = entry["key"], getattr(torch, entry["dtype"])
+        key, dtype = entry["key"], getattr(torch, entry.get("dtype", "float32"))
         stored = entry["fill"][0] == "stored"
         state[key] = (
             case.tensors[f"state.{key}"]

@@ -1,6 +1,5 @@
 """`spikecore quickstart`: a small spiking VGG on real handwritten digits, trained and measured in a minute."""
 
-import contextlib
 import copy
 import csv
 import functools
@@ -27,6 +26,7 @@ from spikecore.energy import PJ_PER_AC, PJ_PER_MAC, EnergyReport, estimate_energ
 from spikecore.models import create_model
 from spikecore.neurons import Neuron
 from spikecore.ops.lif import lif_ref
+from spikecore.train.files import prepare_folder, replace_file
 
 try:
     import safetensors.torch
@@ -86,7 +86,7 @@ def quickstart(out: str | os.PathLike, seeds: int = 1, epochs: int = Recipe.epoc
         OSError: `out` cannot be written; the message says what and why.
     """
     out, recipe = Path(out), Recipe(epochs=epochs)
-    _prepare(out)
+    prepare_folder(out)
     digits = load_digits()
     device = torch.device("cuda" if backend_info()["gpu_backend"] else "cpu")
     runs: dict[int, Run] = {}
@@ -108,7 +108,7 @@ def quickstart(out: str | os.PathLike, seeds: int = 1, epochs: int = Recipe.epoc
         measured["training_seconds"] = seconds
         weights = _write(out, list(runs.values()), recipe, digits, device, measured)
         image = draw_report([run.rows for run in runs.values()], net, digits)
-        _replace(out / "report.png", image)
+        replace_file(out / "report.png", image)
     except KeyboardInterrupt:
         if not runs:
             return Outcome(["stopped before the first epoch was finished: nothing was written"], finished=False)
@@ -237,37 +237,6 @@ def _run_loop(neuron: Neuron, x: Tensor) -> tuple[Tensor, ...]:
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def _prepare(out: Path) -> None:
-    """Create the folder and find out whether it can be written before a minute's work depends on it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise _plain(e, f"cannot create the folder {out}") from e
-    probe = out / ".probe"
-    _replace(probe, b"probe")
-    probe.unlink()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except OSError as e:
-        raise _plain(e, f"cannot write {path}") from e
-    finally:
-        with contextlib.suppress(OSError):  # what refused the file may refuse this too; the first error tells why
-            part.unlink(missing_ok=True)
-
-
-def _plain(e: OSError, what: str) -> OSError:
-    return OSError(e.errno, f"{what}: {e.strerror or e}")
-
-
 def _write(
     out: Path, runs: list[Run], recipe: Recipe, digits: Digits, device: torch.device,
     measured: dict[str, Any] | None = None,
@@ -278,12 +247,12 @@ def _write(
         if stale.name not in ours:
             stale.unlink(missing_ok=True)
     for run in runs:
-        _replace(out / run.file, run.weights)
+        replace_file(out / run.file, run.weights)
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(runs[0].rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: round(v, 6) for k, v in row.items()} for run in runs for row in run.rows)
-    _replace(out / "metrics.csv", table.getvalue().encode())
+    replace_file(out / "metrics.csv", table.getvalue().encode())
     weights = {run.file: hashlib.sha256(run.weights).hexdigest() for run in runs}
     config = {
         "model": MODEL,
@@ -299,7 +268,7 @@ def _write(
         "versions": _versions(device),
         "weights_sha256": weights,
     }
-    _replace(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    replace_file(out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     return weights
 
 

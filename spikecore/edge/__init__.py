@@ -1,0 +1,1 @@
+"""Networks for edge devices."""
