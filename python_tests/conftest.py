@@ -3,6 +3,7 @@
 import pathlib
 
 import pytest
+import torch
 from golden import harness
 
 
@@ -13,6 +14,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if worker := getattr(config, "workerinput", None):  # one of several processes, which share the cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // worker["workercount"]))
     folder = config.getoption("--golden")
     if folder is not None and not any(harness.case_files(folder)):
         raise pytest.UsageError(f"--golden={folder}: no NAME.json beside NAME.safetensors there")

@@ -35,7 +35,7 @@ class CodebookBwd(ctypes.Structure):
 
 def forward_buffers(z: torch.Tensor, codes: torch.Tensor, splits: int = 1) -> dict[str, torch.Tensor]:
     n, K = len(z), len(codes)
-    return {
+    buffers = {
         "z": z,
         "codes": codes,
         "indices": torch.full((n,), -7),
@@ -46,6 +46,7 @@ def forward_buffers(z: torch.Tensor, codes: torch.Tensor, splits: int = 1) -> di
         "bad_z": torch.zeros(1, dtype=torch.int32),
         "bad_c": torch.zeros(1, dtype=torch.int32),
     }
+    return shim.apart(buffers)
 
 
 def forward_parameters(buffers: dict[str, torch.Tensor], metric: int = 0, splits: int = 1) -> CodebookFwd:
@@ -59,7 +60,8 @@ def forward_parameters(buffers: dict[str, torch.Tensor], metric: int = 0, splits
 
 
 def backward_buffers(g: torch.Tensor, indices: torch.Tensor, K: int) -> dict[str, torch.Tensor]:
-    return {"g": g, "indices": indices, "g_codes": torch.full((K, g.shape[1]), torch.nan)}
+    buffers = {"g": g, "indices": indices, "g_codes": torch.full((K, g.shape[1]), torch.nan)}
+    return shim.apart(buffers)
 
 
 def backward_parameters(buffers: dict[str, torch.Tensor]) -> CodebookBwd:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import torch
 from backends import through
@@ -60,16 +61,18 @@ def _build_and_load(cache: Path, checked: bool) -> ctypes.CDLL:
     digest = shim._digest([*sources, *shim._headers([shim.CSRC])], [str(torch_dir), torch.__version__])
     library = cache / f"libops_{kernels.stem.removeprefix('libshim_')}_{digest}.so"
     partial = library.with_suffix(f".{os.getpid()}.so")
-    if not library.exists():
-        command = [
-            "g++", "-shared", "-fPIC", "-std=c++20", "-O1", f"-I{shim.CSRC}", f"-isystem{torch_dir / 'include'}",
-            f"-isystem{shim.cuda_include()}", "-DSPK_SHIM", "-DSPK_CUDA", "-DUSE_CUDA", "-DSPK_LIBRARY=spikecore_shim",
-            "-DTORCH_TARGET_VERSION=0x020a000000000000", *map(str, sources), str(kernels), f"-Wl,-rpath,{cache}",
-            f"-L{torch_dir / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-o", str(partial),
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            pytest.fail(f"{' '.join(command)}\n{done.stderr[-4000:]}")
-        partial.rename(library)
+    with filelock.FileLock(library.with_suffix(".lock")):
+        if not library.exists():
+            command = [
+                "g++", "-shared", "-fPIC", "-std=c++20", "-O1", f"-I{shim.CSRC}", f"-isystem{torch_dir / 'include'}",
+                f"-isystem{shim.cuda_include()}", "-DSPK_SHIM", "-DSPK_CUDA", "-DUSE_CUDA",
+                "-DSPK_LIBRARY=spikecore_shim", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+                *map(str, sources), str(kernels), f"-Wl,-rpath,{cache}", f"-L{torch_dir / 'lib'}",
+                "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-o", str(partial),
+            ]  # fmt: skip
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                pytest.fail(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+            partial.rename(library)
     torch.ops.load_library(library)
     return ctypes.CDLL(str(library))

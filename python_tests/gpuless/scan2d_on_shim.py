@@ -53,9 +53,13 @@ def launch(
         "D": torch.rand(K, C),
         "bias": torch.rand(K, C),
     }
+    if direction == "bwd":
+        inputs["g_y"] = torch.rand(B, C, L).to(dtype)
+    inputs = shim.apart(inputs)
     scan = Scan(DTYPES.index(dtype), B, C, H, W, K, S, (_i32 * 8)(*directions), True)
     for name, t in inputs.items():
-        setattr(scan, name, t.data_ptr())
+        if name != "g_y":
+            setattr(scan, name, t.data_ptr())
     if direction == "fwd":
         p, outputs = Fwd(scan), {"y": torch.empty(B, C, L, dtype=dtype)}
     else:
@@ -64,12 +68,12 @@ def launch(
         shapes["starts"] = (B, C, (L + CHUNK - 1) // CHUNK, S)
         outputs = {name: torch.empty_like(inputs[of]) for name, of in (("g_x", "x"), ("g_delta", "delta"))}
         outputs |= {name: torch.empty(shape) for name, shape in shapes.items()}
-        inputs["g_y"] = torch.rand(B, C, L).to(dtype)
         p.g_y = inputs["g_y"].data_ptr()
+    if dtype != torch.float32:
+        outputs["sum"] = torch.empty(B, C, L)
+    outputs = shim.apart(outputs)
     if dtype == torch.float32:
         p.sum = outputs["y" if direction == "fwd" else "g_x"].data_ptr()
-    else:
-        outputs["sum"] = torch.empty(B, C, L)
     for name, t in outputs.items():
         setattr(p, name, t.fill_(torch.nan).data_ptr())
     library.reset(0, coalescing, **{f"ro_{name}": t for name, t in inputs.items()}, **outputs)

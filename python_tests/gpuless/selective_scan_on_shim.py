@@ -54,6 +54,7 @@ def problem(C: int = 20, S: int = 2, L: int = 140) -> tuple[dict[str, torch.Tens
     outputs = {n: torch.full(size, torch.nan) for n, size in sizes.items()}
     outputs |= {n: torch.full(size, torch.nan, dtype=torch.float64) for n, size in
                 {"g_A": (1, C, S), "g_D": (1, C), "g_bias": (1, C)}.items()}  # fmt: skip
+    inputs, outputs = shim.apart(inputs), shim.apart(outputs)
     at = {n: t.data_ptr() for n, t in inputs.items()}
     rows = [ScanRows(at[n], C * L, L) for n in ("u", "delta", "z")]
     matrices = [ScanMatrix(at[n], S * L, S * L, L) for n in ("Bs", "Cs")]

@@ -43,6 +43,7 @@ def test_packed_is_the_cpu_kernel(shim_library):
 def run_forward(library, columns=True):
     x = {name: (torch.rand(5, 1, 2, 6, 72) < 0.3).float() for name in ("y", "s")}
     x |= {"out": torch.full_like(x["y"], torch.nan), "potentials": torch.full((5, 2, 72 if columns else 6), torch.nan)}
+    x = shim.apart(x)
     launch(library, "qk_fwd_cuda", parameters(QkFwd, x, columns), x)
 
 
@@ -51,6 +52,7 @@ def run_backward(library, columns=True):
     x = {name: torch.rand(5, 1, 2, 6, 72) for name in names}
     J = 72 if columns else 6
     x |= {"potentials": torch.full((2, 5, 2, J), torch.nan), "g_attn": torch.full((5, 2, J), torch.nan)}
+    x = shim.apart(x)
     launch(library, "qk_bwd_cuda", parameters(QkBwd, x, columns, currents=True), x)
 
 

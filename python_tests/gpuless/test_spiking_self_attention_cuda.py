@@ -72,7 +72,7 @@ def spikes() -> torch.Tensor:
 def run_forward(library):
     x = {name: spikes() for name in ("q", "k", "v")}
     x |= {"out": torch.full_like(x["q"], torch.nan), "scratch": torch.full((T * HEADS * D * D,), torch.nan)}
-    launch(library, "spiking_self_attention_fwd_cuda", SpikingSelfAttentionFwd, x)
+    launch(library, "spiking_self_attention_fwd_cuda", SpikingSelfAttentionFwd, shim.apart(x))
 
 
 def run_backward(library):
@@ -81,7 +81,7 @@ def run_backward(library):
     x |= {name: torch.full((HEADS,), torch.nan) for name in ("g_decay", "g_gain")}
     partials = 2 * HEADS * 2 * 2  # decay and gain, of a head's tiles; doubles
     x["scratch"] = torch.full((2 * partials + T * HEADS * D * (2 * D + N),), torch.nan)
-    launch(library, "spiking_self_attention_bwd_cuda", SpikingSelfAttentionBwd, x)
+    launch(library, "spiking_self_attention_bwd_cuda", SpikingSelfAttentionBwd, shim.apart(x))
 
 
 def launch(library, symbol, kind, buffers):
