@@ -1,5 +1,6 @@
 """benches/run.py runs, saves, draws and compares, and prints no number for an operator that is wrong."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -91,3 +92,22 @@ def test_bytes():
     assert bytes_kept(lambda: x.exp(), x) == 0  # the result itself
     assert bytes_moved(lambda: torch.exp(x.detach()).view(10, 100)) == 8000
     assert bytes_peak(lambda: x.detach().exp().sin()) == 8000
+
+
+def test_wrong_reader_gets_no_number(monkeypatch, capsys):
+    pytest.importorskip("spikingjelly")
+    pytest.importorskip("torchvision")
+    spec = importlib.util.spec_from_file_location("bench_readers", RUN.with_name("bench_readers.py"))
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_readers", module)
+    spec.loader.exec_module(module)
+    kinds = module.kinds()
+    right = kinds["N-MNIST, ATIS"]
+    monkeypatch.setattr(module, "kinds", lambda: {"right": right})
+    assert module.main(["--quick"]) == 0
+    assert capsys.readouterr().out.count("M events/s") == 4
+    wrong = dataclasses.replace(right, ours=lambda path: (lambda e: e._replace(x=e.y, y=e.x))(right.ours(path)))
+    monkeypatch.setattr(module, "kinds", lambda: {"wrong": wrong})
+    with pytest.raises(AssertionError):
+        module.main(["--quick"])
+    assert "M events/s" not in capsys.readouterr().out
