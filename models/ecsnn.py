@@ -19,7 +19,7 @@ from spikecore.models._registry import register_model
 from spikecore.neurons import LIF, Neuron
 from spikecore.surrogate import ATan
 
-__all__ = ["ECSNN", "Fusion"]
+__all__ = ["ECSNN", "Fusion", "published_counts"]
 
 
 class ECSNN(SpikingModel):
@@ -102,6 +102,36 @@ class ECSNN(SpikingModel):
                 f"{list(x.shape[2:])}"
             )
         return self.walk([*self.conv_fc][self.convolutions : end], x)
+
+
+@torch.no_grad()
+def published_counts(model: ECSNN, x: Tensor, activity: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Operations and spikes of a batch as the published energy script counts them, ``[T]`` each, for its tables.
+
+    Its operations are not those of the network, which `spikecore.estimate_energy` counts: every convolution is given
+    the input's height and width, whatever its own map, and a single sample, where linear layers get the whole batch;
+    each times the firing share of the last neurons before it. Its spikes are the non-zeros behind all neurons (or
+    ReLUs): the paper's ATSAN is their sum over T, per sample.
+
+    Args:
+        x: as the model takes it.
+        activity: the share in front of the first neuron; the script has the share of non-zeros for event frames.
+    """
+    x = model.frames(x)
+    height, width = x.shape[-2:]
+    share = torch.full((len(x),), activity, dtype=torch.float64)
+    operations, spikes = torch.zeros_like(share), torch.zeros(len(x), dtype=torch.int64)
+    for layer in model.conv_fc:
+        x = model.walk([layer], x)
+        if isinstance(layer, nn.Conv2d):
+            operations += layer.weight.numel() * height * width * share
+        elif isinstance(layer, nn.Linear):
+            operations += layer.weight.numel() * x.shape[1] * share
+        elif isinstance(layer, Neuron | nn.ReLU):
+            fired = x.flatten(1).count_nonzero(1).cpu()
+            spikes += fired
+            share = fired / x[0].numel()
+    return operations, spikes
 
 
 class Fusion(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spikecore.models import (
     ECSNN,
+    MA,
     SEWDVS,
     SMA,
     SMAVGG,
@@ -21,6 +22,8 @@ from spikecore.models import (
     Spikingformer,
     SVMamba,
     VMamba,
+    attention_snn,
+    create_model,
     ecsnn,
     ms_resnet,
     qkformer,
@@ -43,7 +46,7 @@ def state_of(case: Case) -> dict[str, Tensor]:
     """The case's state dict by its own keys."""
     state = {}
     for entry in case.data["state"]:
-        key, dtype = entry["key"], getattr(torch, entry["dtype"])
+        key, dtype = entry["key"], getattr(torch, entry.get("dtype", "float32"))
         stored = entry["fill"][0] == "stored"
         state[key] = (
             case.tensors[f"state.{key}"]
@@ -362,15 +365,31 @@ def same(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-@runner("AmazingDD/EC-SNN", "model.py", "VGG")
-def ecsnn_vgg(case: Case, _: None) -> Report:
-    config = case.config
+def vgg(config: dict[str, Any]) -> ECSNN:
     layers, hidden = ecsnn.ARCHITECTURES[config["arch"]]
-    model = ECSNN(
+    return ECSNN(
         layers, hidden, img_size=(config["img_height"], config["img_width"]), spiking=config["act"] == "snn",
         T=config["T"], in_chans=config["input_dim"], num_classes=config["num_cls"],
     )  # fmt: skip
-    return check(case, model, same)
+
+
+@runner("AmazingDD/EC-SNN", "model.py", "VGG")
+def ecsnn_vgg(case: Case, _: None) -> Report:
+    return check(case, vgg(case.config), same)
+
+
+@runner("AmazingDD/EC-SNN", "energy.py, utils.py", "mac_ac_count, spike_count")
+def ecsnn_counts(case: Case, _: None) -> Report:
+    report, model, x = Report(), vgg(case.config).eval(), case.input("x")
+    model.load_state_dict(state_of(case))
+    report.output("steps", model.steps(x), case.tensors["out_per_step"])
+    operations, spikes = ecsnn.published_counts(model, x)
+    for t, want in enumerate(case.data["spike_count_per_step"]):
+        report.counts(f"step {t}", int(spikes[t]), want)
+    report.values("operations", operations, torch.tensor(case.data["mac_ac_count_per_step"], dtype=torch.float64))
+    operations, _ = ecsnn.published_counts(model, x, case.data["init_lsar_used"])
+    report.values("of events", operations[0], torch.tensor(case.data["mac_ac_count_first_step_with_init_lsar"]))
+    return report
 
 
 @runner("AmazingDD/EC-SNN", "model.py", "Fusion")
@@ -436,7 +455,17 @@ def spike_mamba_block(case: Case, _: None) -> Report:
     return check(case, svmamba.Block(case.config["dim"], True), vmamba.checkpoint_filter)
 
 
-# ---- MS-ResNet -------------------------------------------------------------------------------------------------------
+@runner(SNN_MAMBA, "SVMamba/SpikMamba.py", "SpikeLinearAttention")
+def spike_linear_attention(case: Case, _: None) -> Report:
+    model = svmamba.SpikeLinearAttention(case.config["dim"], case.config["heads"], published_quirks=True)
+
+    def used(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        return {k: v for k, v in state.items() if not k.startswith("out_proj.")}
+
+    return check(case, model, used)
+
+
+# ---- MS-ResNet, Attention-SNN ----------------------------------------------------------------------------------------
 
 
 def norm_as_published(norm: nn.BatchNorm2d, T: int, x: Tensor) -> Tensor:
@@ -470,7 +499,39 @@ def membrane_resnet(case: Case, _: None) -> Report:
         ms_resnet.DEPTHS[depth], deep_stem=depth > 34, T=config["time_window"], num_classes=config["num_classes"],
         sma=None if inserted is None else attention(inserted),
     )  # fmt: skip
+    return as_published(case, model)
+
+
+def as_published(case: Case, model: MSResNet) -> Report:
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.forward = partial(norm_as_published, m, model.T)
     return check(case, model, ms_resnet.checkpoint_filter)
+
+
+ATTENTION = "BICLab/Attention-SNN"
+
+
+@runner(ATTENTION, "Att_Res_SNN/models/resnet_2.py", "resnet18")
+def attention_resnet(case: Case, _: None) -> Report:
+    return as_published(case, create_model("att_resnet18", T=case.config["time_window"]))
+
+
+def attentions(run: Callable) -> Callable:
+    for name in ("TA", "CA", "SA", "CSA", "TCA", "TSA", "TCSA"):
+        runner(ATTENTION, "MA_SNN/module/Attention.py", name)(run)
+    return run
+
+
+@attentions
+def attention_module(case: Case, _: None) -> Report:
+    config = case.config
+    model = MA(
+        case.key[2].removesuffix("A"), config["channels"], config["timeWindows"], channel_reduction=config["c_ratio"],
+        time_reduction=config["t_ratio"],
+    )  # fmt: skip
+
+    def time_second(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x.transpose(0, 1)).transpose(0, 1)
+
+    return check(case, model, attention_snn.checkpoint_filter, time_second)

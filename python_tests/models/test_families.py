@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spikecore.models import create_model, list_models, load_checkpoint
 from spikecore.models._base import SpikingModel, VisionModel
 from spikecore.models._transformer import Attention
-from spikecore.models.svmamba import SpikeMamba
+from spikecore.models.svmamba import SpikeLinearAttention, SpikeMamba
 from spikecore.models.vmamba import DropPath
 from spikecore.ops import lif_ref
 
@@ -21,6 +21,7 @@ SMALL: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "sew_dvs_7b": ({"img_size": 128}, (2, 2, 2, 128, 128)),
     "sma_vgg8_test": ({}, (2, 8, 2, 32, 32)),
     "ms_resnet_test": ({"T": 6}, (2, 3, 128, 96)),
+    "att_resnet_test": ({}, (2, 3, 32, 64)),
     "qkformer_test": ({}, (2, 3, 32, 40)),
     "ecsnn_vgg_test": ({"img_size": 16, "T": 16}, (2, 1, 16, 16)),
     "ecsnn_vgg5_ann": ({"img_size": (8, 12)}, (2, 3, 8, 12)),
@@ -169,6 +170,21 @@ def test_a_block_of_svmamba_couples_a_batch_as_published() -> None:
     torch.testing.assert_close(quirk(x[:1]), model(x[:1]))
 
 
+def test_attention_of_svmamba_couples_a_batch_as_published() -> None:
+    torch.manual_seed(0)
+    model, quirk = SpikeLinearAttention(8, 2), SpikeLinearAttention(8, 2, published_quirks=True)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)
+    quirk.load_state_dict(model.state_dict())
+    x = torch.rand(3, 2, 8, 3, 5)
+    assert model(x).shape == x.shape
+    assert not torch.equal(quirk(x), model(x))
+    torch.testing.assert_close(quirk(x[:, :1]), model(x[:, :1]))
+    with pytest.raises(ValueError, match=r"^SpikeLinearAttention: 8 channels cannot be split into 3 heads$"):
+        SpikeLinearAttention(8, 3)
+
+
 def test_drop_path() -> None:
     drop, x = DropPath(0.5), torch.ones(1000, 2, 1, 1)
     torch.manual_seed(0)
@@ -259,6 +275,16 @@ def test_bad_input(name: str, shape: tuple[int, ...], line: str) -> None:
             "VMamba: patches must be v1 or v2 and downsamples v1, v2 or v3, got 'v3' and 'v3'",
         ),
         ("sdt_test", {"embed_dim": 60}, "SDT: embed_dim must be a multiple of 8 and depth at least 1, got 60 and 2"),
+        (
+            "att_resnet_test",
+            {"attention": {"dimensions": "CT"}},
+            "MA: dimensions must be one or more of TCS, in this order, got 'CT'",
+        ),
+        (
+            "att_resnet_test",
+            {"T": 2, "attention": {"dimensions": "T"}},
+            "MA: a width of 2 is too small for a reduction of 4 in ta",
+        ),
         ("qkformer_test", {"heads": 5}, "TokenAttention: 16 channels cannot be split into 5 heads"),
     ],
 )
