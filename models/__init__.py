@@ -4,6 +4,7 @@
 if __name__ != "spikecore.models":
     raise ImportError(f"this package is spikecore.models; write `import spikecore.models`, not `import {__name__}`")
 
+from spikecore.models._base import fold_norms
 from spikecore.models._checkpoint import convert_checkpoint, load_checkpoint
 from spikecore.models._registry import create_model, list_models, register_model
 from spikecore.models._timm import register_in_timm
@@ -21,7 +22,7 @@ from spikecore.models.vmamba import SS2D, VMamba
 __all__ = [
     "ECSNN", "Fusion", "MA", "MSResNet", "QKFormer", "SDT", "SDTCaption", "SEWDVS", "SMA", "SMAVGG", "SS2D",
     "SEWResNet", "SVMamba", "SpikeLinearAttention", "Spikformer", "Spikingformer", "VMamba", "convert_checkpoint",
-    "create_model", "list_models", "load_checkpoint", "register_model",
+    "create_model", "fold_norms", "list_models", "load_checkpoint", "register_model",
 ]  # fmt: skip
 
 register_in_timm(list_models())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikecore.models._base import Folded, SpikingModel, over_time
+from spikecore.models._base import Folded, SpikingModel, walk
 from spikecore.models._registry import register_model
 from spikecore.neurons import LIF, Neuron
 from spikecore.surrogate import ATan
@@ -76,13 +76,10 @@ class ECSNN(SpikingModel):
         self.classifier_name = f"conv_fc.{len(self.conv_fc) - 1}"
 
     def walk(self, layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+        if not (self.step_norm and self.training):
+            return walk(layers, x)
         for layer in layers:
-            if isinstance(layer, Neuron | Folded):
-                x = layer(x)
-            elif isinstance(layer, nn.BatchNorm2d) and self.step_norm and self.training:
-                x = torch.stack([layer(step) for step in x])
-            else:
-                x = over_time(layer, x)
+            x = torch.stack([layer(step) for step in x]) if isinstance(layer, nn.BatchNorm2d) else walk([layer], x)
         return x
 
     def sequence_features(self, x: Tensor) -> Tensor:

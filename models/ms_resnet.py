@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikecore.models._base import Folded, SpikingModel, over_time
+from spikecore.models._base import Chain, Folded, SpikingModel
 from spikecore.models._registry import register_model
 from spikecore.models.attention_snn import MA
 from spikecore.models.attention_snn import checkpoint_filter as ma_filter
@@ -44,13 +44,6 @@ def started(norm: nn.BatchNorm2d, weight: float) -> nn.BatchNorm2d:
     return norm
 
 
-class Branch(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self:
-            x = layer(x) if isinstance(layer, MemUpdate | SMA | MA) else over_time(layer, x)
-        return x
-
-
 class Block(nn.Module):
     """Neurons before convolutions; the residual branch starts as zero, as its last batch norm has weight 0."""
 
@@ -59,7 +52,7 @@ class Block(nn.Module):
         attention: dict[str, Any] | None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.residual_function = Branch(
+        self.residual_function = Chain(
             MemUpdate(), nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False),
             started(nn.BatchNorm2d(channels), 0.5),
             MemUpdate(), nn.Conv2d(channels, channels, 3, padding=1, bias=False),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spikecore.models import create_model, list_models, load_checkpoint
+from spikecore.models import create_model, fold_norms, list_models, load_checkpoint
 from spikecore.models._base import SpikingModel, VisionModel
 from spikecore.models._transformer import Attention
 from spikecore.models.svmamba import SpikeLinearAttention, SpikeMamba
@@ -129,6 +129,31 @@ def test_channels_last_and_autocast(name: str) -> None:
         half = last(x)
     assert half.isfinite().all()
     assert torch.nn.functional.cosine_similarity(half.float().flatten(), want.flatten(), dim=0) > 0.9
+
+
+@FAMILIES
+def test_folded_norms(name: str) -> None:
+    """Every batch norm but those behind an attention goes into its convolution; in float64 no spike flips."""
+    model, x = build(name)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for m in norms:
+            m.weight.mul_(torch.rand_like(m.weight) + 0.5)
+            m.running_mean.add_(torch.rand_like(m.running_mean) * 0.1)
+    model, x = model.double(), x.double()
+    folded = fold_norms(model)
+    left = sum(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert left == (2 if name.startswith("sma") else 0)
+    torch.testing.assert_close(folded(x), model(x))
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) == len(norms)
+    torch.testing.assert_close(fold_norms(folded)(x), model(x))
+
+
+def test_norms_fold_in_evaluation_only() -> None:
+    with pytest.raises(
+        ValueError, match=r"^fold_norms: the model must be in evaluation mode, call model.eval\(\) first$"
+    ):
+        fold_norms(create_model("sew_resnet_test"))
 
 
 @FAMILIES
