@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +69,29 @@ def walk(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 def fire(x: Tensor, layers: Sequence[nn.Module] | Folded, neuron: Neuron, residual: Tensor | None = None) -> Tensor:
-    """``neuron(layers(x) + residual)``."""
-    y = layers(x) if isinstance(layers, Folded) else walk(layers, x)
+    """``neuron(layers(x) + residual)``, the layers knowing no time; a batch norm at their end and the sum go into the
+    neuron's operator, unless somebody watches them by hooks."""
+    *front, norm = layers
+    if is_plain(norm) and not (isinstance(layers, Folded) and is_watched(layers)):
+        y = over_time(partial(in_turn, front), x) if front else x
+        return neuron(y, norm, residual)
+    y = layers(x) if isinstance(layers, Folded) else over_time(partial(in_turn, layers), x)
     return neuron(y if residual is None else y + residual)
+
+
+def in_turn(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def is_plain(norm: nn.Module) -> bool:
+    """Whether a neuron's operator can do this norm's work (that of `nn.SyncBatchNorm` it cannot)."""
+    return type(norm) is nn.BatchNorm2d and norm.track_running_stats and not is_watched(norm)
+
+
+def is_watched(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 @torch.no_grad()

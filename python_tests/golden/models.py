@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -468,18 +467,26 @@ def spike_linear_attention(case: Case, _: None) -> Report:
 # ---- MS-ResNet, Attention-SNN ----------------------------------------------------------------------------------------
 
 
-def norm_as_published(norm: nn.BatchNorm2d, T: int, x: Tensor) -> Tensor:
+class PublishedNorm(nn.BatchNorm2d):
     """The published layout, ``[B, C, T, H, W]`` by way of copies.
 
     For one sample of 1 x 1 pixels, as the cases end in, torch's CPU kernel misreads this layout in backward: it sums
     g_y as though it were ``[C, T]``. The cases' gradients carry that error; so do ours if called this way, only then.
     """
-    steps = T if len(x) % T == 0 else 1  # a repeated image's first norm comes without T
-    y = x.unflatten(0, (steps, -1)).transpose(0, 2).contiguous().transpose(0, 1).contiguous()
-    y = nn.functional.batch_norm(
-        y, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum or 0.0, norm.eps
-    )
-    return y.contiguous().transpose(0, 1).contiguous().transpose(0, 2).flatten(0, 1)
+
+    T: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = self.T if len(x) % self.T == 0 else 1  # a repeated image's first norm comes without T
+        y = x.unflatten(0, (steps, -1)).transpose(0, 2).contiguous().transpose(0, 1).contiguous()
+        y = nn.functional.batch_norm(
+            y, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum or 0.0,
+            self.eps,
+        )  # fmt: skip
+        y = y.contiguous().transpose(0, 1).contiguous().transpose(0, 2).flatten(0, 1)
+        if y.requires_grad and y.shape[2:].numel() > 1:  # where our maps, and so their gradients, lie channels last
+            y.register_hook(lambda g: g.contiguous())
+        return y
 
 
 def membrane_resnets(run: Callable) -> Callable:
@@ -505,7 +512,7 @@ def membrane_resnet(case: Case, _: None) -> Report:
 def as_published(case: Case, model: MSResNet) -> Report:
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.forward = partial(norm_as_published, m, model.T)
+            m.__class__, m.T = PublishedNorm, model.T
     return check(case, model, ms_resnet.checkpoint_filter)
 
 
