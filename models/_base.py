@@ -22,7 +22,7 @@ def over_time(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     A repeated image, or what was computed from one, is computed once, and the result repeated. Batch statistics are the
     same but for the update of running_var, which is larger by (n - 1/T) / (n - 1), n = B*H*W: less than 1e-3 from
-    n = 1000 on.
+    n = 1000 on (not where a neuron's operator does the norm's work, see `fire`).
     """
     if len(x) > 1 and x.stride(0) == 0:
         y = layer(laid_out(x[0]))
@@ -59,8 +59,9 @@ def walk(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     while todo:
         layer = todo.pop(0)
         normed = isinstance(layer, Folded | nn.modules.batchnorm._BatchNorm)
-        if normed and todo and isinstance(todo[0], Neuron):
-            x = fire(x, layer if isinstance(layer, Folded) else (layer,), todo.pop(0))
+        if normed and todo and isinstance(neuron := todo[0], Neuron):
+            x = fire(x, layer if isinstance(layer, Folded) else (layer,), neuron)
+            del todo[0]
         elif isinstance(layer, nn.Conv2d | nn.modules.batchnorm._BatchNorm | nn.Flatten):
             x = over_time(layer, x)
         else:

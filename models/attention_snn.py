@@ -31,6 +31,9 @@ class MA(nn.Module):
         ValueError: dimensions not of "TCS" in order, a reduction that leaves nothing, a sequence of another length.
     """
 
+    ta: nn.Module
+    ca: nn.Module
+
     def __init__(
         self, dimensions: str, channels: int, time: int = 0, *, channel_reduction: int = 16, time_reduction: int = 4
     ) -> None:

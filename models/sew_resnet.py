@@ -138,7 +138,8 @@ class EventBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "basic":
-            return fire(self.conv[0](x), self.conv[1], self.sn, x)
+            second: Any = self.conv[1]
+            return fire(self.conv[0](x), second, self.sn, x)
         y = self.conv(x)
         return y if self.kind == "plain" else CONNECT[self.connect or "ADD"](y, x)
 

@@ -71,15 +71,18 @@ class Neuron(nn.Module):
         (`spikecore.ops.bn_lif`) and without calling the module `norm`."""
         if norm is None:
             return self.run(x if residual is None else x + residual)[0]
-        momentum: float | Tensor | None = norm.momentum
+        momentum: float | Tensor = norm.momentum or 0.0
         if norm.training and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
-            momentum = 1 / norm.num_batches_tracked if momentum is None else momentum
-        return bn_lif(
+            if norm.momentum is None:  # means over all batches
+                momentum = 1 / norm.num_batches_tracked
+        spikes = bn_lif(
             x, norm.weight, norm.bias, norm.running_mean, norm.running_var,
             None if residual is None else residual.to(x.dtype), training=norm.training, momentum=momentum, eps=norm.eps,
             **self.constants(),
         )  # fmt: skip
+        assert isinstance(spikes, Tensor)
+        return spikes
 
     def step(self, x_t: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One time step ``[...]`` from potential `v` (None: at rest); returns ``(s, v)``, for streaming."""

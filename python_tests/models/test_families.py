@@ -1,5 +1,6 @@
 """What every image and event model promises, on the small variants; checkpoints."""
 
+import copy
 import re
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikecore.models import create_model, fold_norms, list_models, load_checkpoint
-from spikecore.models._base import SpikingModel, VisionModel
-from spikecore.models._transformer import Attention
+from spikecore.models._base import SpikingModel, VisionModel, fire
+from spikecore.models._transformer import Attention, conv_bn
 from spikecore.models.svmamba import SpikeLinearAttention, SpikeMamba
 from spikecore.models.vmamba import DropPath
+from spikecore.neurons import LIF, PLIF, Neuron
 from spikecore.ops import lif_ref
 
 # name: (settings, input of a batch of 2)
@@ -122,13 +124,22 @@ def test_samples_do_not_see_one_another(name: str) -> None:
 @FAMILIES
 def test_channels_last_and_autocast(name: str) -> None:
     model, x = build(name)
+    rates: list[float] = []
+    for m in model.modules():
+        if isinstance(m, Neuron):
+            m.register_forward_hook(lambda m, args, out: rates.append(float(out.detach().float().mean())))
     want = model(x)
     last = model.to(memory_format=torch.channels_last)
     torch.testing.assert_close(last(x), want, rtol=1e-3, atol=1e-3)
+    single = rates[len(rates) // 2 :]
+    rates.clear()
     with torch.autocast("cpu", torch.bfloat16):
         half = last(x)
     assert half.isfinite().all()
-    assert torch.nn.functional.cosine_similarity(half.float().flatten(), want.flatten(), dim=0) > 0.9
+    if name == "sma_vgg8_test":  # so scaled, its linear layers answer any rounding by other spikes, but as many
+        assert rates == pytest.approx(single, abs=0.02)
+    else:
+        assert torch.nn.functional.cosine_similarity(half.float().flatten(), want.flatten(), dim=0) > 0.9
 
 
 @FAMILIES
@@ -208,6 +219,44 @@ def test_attention_of_svmamba_couples_a_batch_as_published() -> None:
     torch.testing.assert_close(quirk(x[:, :1]), model(x[:, :1]))
     with pytest.raises(ValueError, match=r"^SpikeLinearAttention: 8 channels cannot be split into 3 heads$"):
         SpikeLinearAttention(8, 3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+def test_a_norm_within_the_neuron_is_the_norm_before_it(training: bool, added: bool) -> None:
+    """Spikes, gradients and running statistics, repeated images too; hooks see the neuron either way."""
+    torch.manual_seed(0)
+    layers, neuron = conv_bn(3, 4, 3).train(training).double(), PLIF().double()
+    nn.init.constant_(layers[1].bias, 1.0)
+    other = copy.deepcopy(layers)
+    other.register_forward_hook(lambda *_: None)  # watched, so called
+    seen: list[Tensor] = []
+    neuron.register_forward_hook(lambda m, args, out: seen.append(out))
+    image = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    for x in (image.expand(3, -1, -1, -1, -1), torch.randn(3, 2, 3, 5, 7, dtype=torch.float64)):
+        residual = torch.randn(3, 2, 4, *x.shape[3:], dtype=torch.float64) if added else None
+        found = []
+        for chosen in (layers, other):
+            s = fire(x, chosen, neuron, residual)
+            weights = torch.linspace(-1, 1, s.numel(), dtype=torch.float64).view(s.shape)
+            found.append((s, torch.autograd.grad((s * weights).sum(), [*chosen.parameters(), neuron.w])))
+        assert found[0][0].any()
+        torch.testing.assert_close(*found)
+    assert len(seen) == 4
+    assert all(torch.equal(seen[i], seen[i + 1]) for i in (0, 2))
+    torch.testing.assert_close(layers.state_dict(), other.state_dict(), rtol=1e-2, atol=0)  # n / (n - 1), see over_time
+    assert int(layers[1].num_batches_tracked) == 2 * training
+
+
+def test_norms_over_ranks_and_watched_ones_are_called() -> None:
+    called: list[str] = []
+    layers, neuron, x = conv_bn(3, 4), LIF(), torch.rand(2, 2, 3, 4, 4)
+    layers[1].register_forward_hook(lambda *_: called.append("norm"))
+    fire(x, layers, neuron)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(conv_bn(3, 4)).eval()
+    synced[1].register_forward_pre_hook(lambda *_: called.append("synced"))
+    fire(x, synced, neuron)
+    assert called == ["norm", "synced"]
 
 
 def test_drop_path() -> None:
