@@ -1,8 +1,9 @@
 """Times whole models against the same architecture of SpikingJelly's model zoo: python benches/bench_models.py
 
-Training step (forward, backward, no optimiser) and inference, float32, equal weights, both contestants taking turns in
-one run; ratios are medians over turns (spikecore.testing.timing), peaks are of tensors beyond weights, input and what
-was there before. The zoo has no Spikingformer, and its Spikformer pools before the neurons, ours behind them: another
+Training step (forward, backward, no optimiser) and inference (ours with folded norms), float32, equal weights, both
+contestants taking turns in one run; ratios are medians over turns (spikecore.testing.timing), peaks are of tensors
+beyond weights, input and what was there before. Behind them stands where ours spends its time. The zoo has no
+Spikingformer: it is built of SpikingJelly's layers; its Spikformer pools before the neurons, ours behind them: another
 model, so it is left out. First both must agree in float64, outputs and gradients: a model that does not gets no number.
 Peer: pip install "spikecore[bench]".
 """
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikecore.models import create_model
+from spikecore.models import create_model, fold_norms
 from spikecore.testing import timing
 
 # Least that ours should reach, as geometric means: speed in training and inference, at most so much of the peer's peak.
@@ -36,14 +37,18 @@ def peers() -> dict[str, tuple[str, dict[str, Any], tuple[int, ...], Callable[[]
         qkformer,
         sew_resnet,
         spike_driven_transformer,
-    )  # fmt: skip
+    )
+    from spikingjelly_spikingformer import spikingformer
 
     return {
-        "QKFormer, depth 4, 384": (
+        "QKFormer-4-384": (
             "qkformer_10_384", {"depth": 4, "num_classes": 10}, (2, 3, 64, 64),
             lambda: qkformer.QKFormer(
                 num_classes=10, embed_dims=384, num_heads=(6, 6, 6), depths=(1, 2, 1), detach_reset=True
             ),
+        ),
+        "Spikingformer-4-384": (
+            "spikingformer_4_384", {}, (2, 3, 32, 32), lambda: spikingformer(384, 12, 4, 10),
         ),
         "SDT-2-384": (
             "sdt_8_384", {"depth": 2, "num_classes": 10, "pools": (False, False, True, True)}, (2, 3, 32, 32),
@@ -145,7 +150,7 @@ def pair(title: str) -> tuple[nn.Module, Peer, Tensor]:
 
 
 def parity(title: str) -> None:
-    """Outputs and the gradient of the first convolution in float64, training and evaluation."""
+    """Outputs and the gradient of the first convolution in float64, training and evaluation; folded norms' outputs."""
     ours, (peer, run), x = pair(title)
     ours, peer, x = ours.double(), peer.double(), x.double()
     for train in (False, True):
@@ -160,6 +165,8 @@ def parity(title: str) -> None:
             found.append((y, torch.autograd.grad(y.square().sum(), first.weight)[0]))
         assert found[0][0].abs().max() > 0, "silent"
         torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)
+        if not train:
+            torch.testing.assert_close(fold_norms(ours)(x), found[1][0], rtol=1e-6, atol=1e-8)
 
 
 def step(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -174,6 +181,8 @@ def inference(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def measure(title: str, direction: str, quick: bool) -> dict[str, Any]:
     ours, (peer, run), x = pair(title)
+    if direction == "inference":
+        ours = fold_norms(ours)
     for m in (ours, peer):
         m.train(direction == "training")
     if direction == "training":
@@ -188,16 +197,39 @@ def measure(title: str, direction: str, quick: bool) -> dict[str, Any]:
         "times": {n: {"median": t.median, "lower": t.lower, "upper": t.upper} for n, t in times.items()},
         "faster": times["spikecore"].over(times["spikingjelly"]) ** -1,
         "peak": {n: timing.bytes_peak(call) for n, call in calls.items()},
+        "shares": shares(calls["spikecore"]),
     }
+
+
+PARTS = {  # by names of operators, the first that fits
+    "convolution": ("conv",),
+    "attention": ("attention",),
+    "neuron": ("spikecore",),  # with the norms in front of them
+    "norm": ("batch_norm", "BatchNorm"),
+    "pool": ("pool",),
+}
+
+
+def shares(call: Callable[[], Any], calls: int = 3) -> dict[str, float]:
+    """Where the time goes, as shares of the operators' own times."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(calls):
+            call()
+    spent = dict.fromkeys((*PARTS, "rest"), 0.0)
+    for event in profile.key_averages():
+        part = next((p for p, names in PARTS.items() if any(n in event.key for n in names)), "rest")
+        spent[part] += event.self_cpu_time_total
+    return {part: t / sum(spent.values()) for part, t in spent.items()}
 
 
 def line(row: dict[str, Any]) -> str:
     a, b = (row["times"][n] for n in ("spikecore", "spikingjelly"))
     p, q = (row["peak"][n] / 2**20 for n in ("spikecore", "spikingjelly"))
     return (
-        f"{row['model']:<18}{row['direction']:<11}{a['median'] * 1e3:8.0f} [{a['lower'] * 1e3:.0f}, "
+        f"{row['model']:<20}{row['direction']:<10}{a['median'] * 1e3:8.0f} [{a['lower'] * 1e3:.0f}, "
         f"{a['upper'] * 1e3:.0f}] ms {b['median'] * 1e3:8.0f} ms {row['faster']:6.2f}x   "
-        f"{p:7.0f} MiB {q:7.0f} MiB {p / q:5.0%}"
+        f"{p:7.0f} MiB {q:7.0f} MiB {p / q:5.0%}   {', '.join(f'{k} {v:.0%}' for k, v in row['shares'].items())}"
     )
 
 
@@ -218,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     memory = timing.steady_memory()
     here = timing.machine("spikingjelly")
     print(f"{timing.machine_line(here)}; {torch.get_num_threads()} threads\n{memory}; contestants take turns")
-    print(f"{'':<29}spikecore [quartiles]  SpikingJelly   faster   peak: spikecore, SpikingJelly, share")
+    print(f"{'':<30}spikecore [quartiles]  SpikingJelly   faster   peak: spikecore, SpikingJelly, share   of our time")
     rows, red = [], []
     for title in [options.model] if options.model else titles:
         try:

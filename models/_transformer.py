@@ -8,7 +8,7 @@ import re
 
 from torch import Tensor, nn
 
-from spikecore.models._base import Folded
+from spikecore.models._base import Folded, fire
 from spikecore.neurons import LIF
 from spikecore.ops import LIFParams, lif, spiking_self_attention
 from spikecore.surrogate import Sigmoid
@@ -33,8 +33,8 @@ def conv_bn(
     return Folded(conv, nn.BatchNorm2d(out_channels), *([nn.MaxPool2d(3, 2, padding=1)] if pool else []))
 
 
-def fire(x: Tensor, p: LIFParams) -> Tensor:
-    """Spikes of a neuron that lies inside an attention."""
+def spikes(x: Tensor, p: LIFParams) -> Tensor:
+    """Of a neuron that lies inside an attention."""
     return lif(
         x, p.decay, p.gain, v_threshold=p.v_threshold, v_reset=p.v_reset, reset_by=p.reset_by, strict=p.strict,
         surrogate=p.surrogate,
@@ -63,9 +63,9 @@ class Attention(nn.Module):
     def fused_spikes(self, **currents: Tensor) -> tuple[dict[str, Tensor], int, int]:
         """For `estimate_energy`, what happens inside: from the projections' outputs the spikes of every neuron, the
         accumulates between them, and how many there were if all fired."""
-        s = {n: fire(x.flatten(3).unflatten(2, (self.heads, -1)), self.qkv_lif) for n, x in currents.items()}
+        s = {n: spikes(x.flatten(3).unflatten(2, (self.heads, -1)), self.qkv_lif) for n, x in currents.items()}
         current, accumulates, dense = self.inside(**s)
-        return {f"{n}_lif": t for n, t in {**s, "attn": fire(current, self.attn_lif)}.items()}, accumulates, dense
+        return {f"{n}_lif": t for n, t in {**s, "attn": spikes(current, self.attn_lif)}.items()}, accumulates, dense
 
     def inside(self, **spikes: Tensor) -> tuple[Tensor, int, int]:
         """What the attention's neuron reads, the accumulates that takes, and how many if all fired."""
@@ -88,10 +88,13 @@ class SelfAttention(Attention):
         accumulates = width * int(k.count_nonzero() + q.count_nonzero())
         return 0.125 * (v @ k.mT) @ q, accumulates, 2 * width * q.numel()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor) -> Tensor:
+        """What `proj` reads."""
         q, k, v = self.currents(x)
-        y = spiking_self_attention(q, k, v, 0.125, self.attn_lif, self.qkv_lif)
-        return self.proj(y.reshape(x.shape))
+        return spiking_self_attention(q, k, v, 0.125, self.attn_lif, self.qkv_lif).reshape(x.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.attend(x))
 
 
 class SpikingSelfAttention(SelfAttention):
@@ -102,8 +105,10 @@ class SpikingSelfAttention(SelfAttention):
         self.lif, self.coupled = neuron(tau), coupled
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return self.lif(y.flatten(0, 1)).view_as(y) if self.coupled else self.lif(y)
+        if self.coupled:
+            y = super().forward(x)
+            return self.lif(y.flatten(0, 1)).view_as(y)
+        return fire(self.attend(x), self.proj, self.lif)
 
 
 class MLP(nn.Module):
@@ -113,7 +118,7 @@ class MLP(nn.Module):
         self.fc2, self.fc2_lif = conv_bn(hidden, channels, bias=True), neuron(tau)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2_lif(self.fc2(self.fc1_lif(self.fc1(x))))
+        return fire(fire(x, self.fc1, self.fc1_lif), self.fc2, self.fc2_lif)
 
 
 class Block(nn.Module):

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikecore.models._base import Folded, SpikingModel, over_time
+from spikecore.models._base import Folded, SpikingModel, walk
 from spikecore.models._registry import register_model
 from spikecore.neurons import LIF, Neuron
 from spikecore.surrogate import ATan
 
-__all__ = ["ECSNN", "Fusion"]
+__all__ = ["ECSNN", "Fusion", "published_counts"]
 
 
 class ECSNN(SpikingModel):
@@ -80,13 +80,10 @@ class ECSNN(SpikingModel):
         self.classifier_name = f"conv_fc.{len(self.conv_fc) - 1}"
 
     def walk(self, layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+        if not (self.step_norm and self.training):
+            return walk(layers, x)
         for layer in layers:
-            if isinstance(layer, Neuron | Folded):
-                x = layer(x)
-            elif isinstance(layer, nn.BatchNorm2d) and self.step_norm and self.training:
-                x = torch.stack([layer(step) for step in x])
-            else:
-                x = over_time(layer, x)
+            x = torch.stack([layer(step) for step in x]) if isinstance(layer, nn.BatchNorm2d) else walk([layer], x)
         return x
 
     def sequence_features(self, x: Tensor) -> Tensor:
@@ -106,6 +103,36 @@ class ECSNN(SpikingModel):
                 f"{list(x.shape[2:])}"
             )
         return self.walk([*self.conv_fc][self.convolutions : end], x)
+
+
+@torch.no_grad()
+def published_counts(model: ECSNN, x: Tensor, activity: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Operations and spikes of a batch as the published energy script counts them, ``[T]`` each, for its tables.
+
+    Its operations are not those of the network, which `spikecore.estimate_energy` counts: every convolution is given
+    the input's height and width, whatever its own map, and a single sample, where linear layers get the whole batch;
+    each times the firing share of the last neurons before it. Its spikes are the non-zeros behind all neurons (or
+    ReLUs): the paper's ATSAN is their sum over T, per sample.
+
+    Args:
+        x: as the model takes it.
+        activity: the share in front of the first neuron; the script has the share of non-zeros for event frames.
+    """
+    x = model.frames(x)
+    height, width = x.shape[-2:]
+    share = torch.full((len(x),), activity, dtype=torch.float64)
+    operations, spikes = torch.zeros_like(share), torch.zeros(len(x), dtype=torch.int64)
+    for layer in model.conv_fc:
+        x = model.walk([layer], x)
+        if isinstance(layer, nn.Conv2d):
+            operations += layer.weight.numel() * height * width * share
+        elif isinstance(layer, nn.Linear):
+            operations += layer.weight.numel() * x.shape[1] * share
+        elif isinstance(layer, Neuron | nn.ReLU):
+            fired = x.flatten(1).count_nonzero(1).cpu()
+            spikes += fired
+            share = fired / x[0].numel()
+    return operations, spikes
 
 
 class Fusion(nn.Module):

@@ -1,8 +1,10 @@
-"""MS-ResNet (membrane shortcut), with and without spiking multiscale attention.
+"""MS-ResNet (membrane shortcut), alone, with spiking multiscale attention (SMA), or with multi-dimensional attention
+(Attention Res-SNN).
 
-Paper: Hu et al., "Advancing Spiking Neural Networks toward Deep Residual Learning", TNNLS 2024 (arXiv 2112.08954).
-Origin: the copy in github.com/Ym-Shan/Spiking_Multiscale_Attention_Arxiv (no licence); written anew from the
-description, with its state-dict keys.
+Papers: Hu et al., "Advancing Spiking Neural Networks toward Deep Residual Learning", TNNLS 2024 (arXiv 2112.08954); of
+the attentions see `sma` and `attention_snn`.
+Origins: the copy in github.com/Ym-Shan/Spiking_Multiscale_Attention_Arxiv (no licence) and, for Attention Res-SNN,
+github.com/BICLab/Attention-SNN (MIT); written anew from their descriptions, with their state-dict keys.
 
 Deviations: the number of steps is that of the input, where the published neuron always reads its own constant.
 """
@@ -12,8 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikecore.models._base import Folded, SpikingModel, over_time
+from spikecore.models._base import Chain, Folded, SpikingModel
 from spikecore.models._registry import register_model
+from spikecore.models.attention_snn import MA
+from spikecore.models.attention_snn import checkpoint_filter as ma_filter
 from spikecore.models.sma import SMA
 from spikecore.models.sma import checkpoint_filter as sma_filter
 from spikecore.neurons import Neuron
@@ -40,21 +44,15 @@ def started(norm: nn.BatchNorm2d, weight: float) -> nn.BatchNorm2d:
     return norm
 
 
-class Branch(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self:
-            x = layer(x) if isinstance(layer, (MemUpdate, SMA)) else over_time(layer, x)
-        return x
-
-
 class Block(nn.Module):
     """Neurons before convolutions; the residual branch starts as zero, as its last batch norm has weight 0."""
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, pooled_shortcut: bool, sma: dict[str, Any] | None
-    ) -> None:
+        self, in_channels: int, channels: int, stride: int, pooled_shortcut: bool, sma: dict[str, Any] | None,
+        attention: dict[str, Any] | None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.residual_function = Branch(
+        self.residual_function = Chain(
             MemUpdate(), nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False),
             started(nn.BatchNorm2d(channels), 0.5),
             MemUpdate(), nn.Conv2d(channels, channels, 3, padding=1, bias=False),
@@ -62,6 +60,8 @@ class Block(nn.Module):
         )  # fmt: skip
         if sma is not None:
             self.residual_function.insert(2, SMA(channels, spiking=False, **sma))
+        if attention is not None:
+            self.residual_function.append(MA(channels=channels, **attention))
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != channels:
             project = nn.Conv2d(in_channels, channels, 1, 1 if pooled_shortcut else stride, bias=False)
@@ -77,8 +77,10 @@ class MSResNet(SpikingModel):
 
     Args:
         layers: blocks of the four stages.
-        deep_stem: three 3x3 convolutions instead of one 7x7, average-pooled shortcuts, dropout 0.2 before the end.
+        deep_stem: three 3x3 convolutions instead of one 7x7.
+        pooled: average pools in the shortcuts instead of strides, dropout 0.2 before the end.
         sma: keyword arguments of `SMA` (without channels), inserted in every block after its first convolution.
+        attention: keyword arguments of `MA` (without channels), at the end of every block's branch.
         T, in_chans, num_classes, and shapes: see `SpikingModel`.
     """
 
@@ -86,8 +88,9 @@ class MSResNet(SpikingModel):
     stages = ("conv2_x", "conv3_x", "conv4_x", "mem_update")  # the spikes that conv5_x leads to
 
     def __init__(
-        self, layers: Sequence[int], *, deep_stem: bool = False, sma: dict[str, Any] | None = None, T: int = 6,
-        in_chans: int = 3, num_classes: int = 1000,
+        self, layers: Sequence[int], *, deep_stem: bool = False, pooled: bool = False,
+        sma: dict[str, Any] | None = None, attention: dict[str, Any] | None = None, T: int = 6, in_chans: int = 3,
+        num_classes: int = 1000,
     ) -> None:  # fmt: skip
         super().__init__(T, in_chans, num_classes)
         if deep_stem:
@@ -97,15 +100,15 @@ class MSResNet(SpikingModel):
             stem = [nn.Conv2d(in_chans, 64, 7, 2, padding=3, bias=False)]
         self.conv1 = Folded(*stem, started(nn.BatchNorm2d(64), 0.5))
         channels = 64
-        settings = None if sma is None else {"time": T, **sma}
+        sma, attention = (None if kind is None else {"time": T, **kind} for kind in (sma, attention))
         for stage, (name, blocks) in enumerate(zip(STAGES, layers, strict=True)):
             sequence = nn.Sequential()
             for i in range(blocks):
-                sequence.append(Block(channels, 64 << stage, 2 if i == 0 else 1, deep_stem, settings))
+                sequence.append(Block(channels, 64 << stage, 2 if i == 0 else 1, pooled, sma, attention))
                 channels = 64 << stage
             setattr(self, name, sequence)
         self.mem_update = MemUpdate()
-        self.dropout = nn.Dropout(0.2 if deep_stem else 0.0)
+        self.dropout = nn.Dropout(0.2 if pooled else 0.0)
         self.num_features = channels
         self.fc = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
 
@@ -121,8 +124,9 @@ class MSResNet(SpikingModel):
 
 
 def checkpoint_filter(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The published batch norms are containers of one: ``conv1.1.bn.weight``; within SMA see there."""
-    return sma_filter({k if ".S_Convs." in k else k.replace(".bn.", "."): v for k, v in state.items()}, model)
+    """The published batch norms are containers of one: ``conv1.1.bn.weight``; of the attentions see there."""
+    state = {k if ".S_Convs." in k else k.replace(".bn.", "."): v for k, v in state.items()}
+    return ma_filter(sma_filter(state, model), model)
 
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 104: (3, 8, 32, 8)}
@@ -137,7 +141,16 @@ def _variant(name: str, **settings: Any) -> None:
 
 
 for depth, layers in DEPTHS.items():
-    _variant(f"ms_resnet{depth}", layers=layers, deep_stem=depth > 34)
-    _variant(f"ms_resnet{depth}_sma", layers=layers, deep_stem=depth > 34, sma=SMA_SETTINGS)
-    _variant(f"ms_resnet{depth}_sma_azo", layers=layers, deep_stem=depth > 34, sma={**SMA_SETTINGS, "azo": True})
-_variant("ms_resnet_test", layers=(1, 1, 1, 1), num_classes=10, T=2)  # not of the paper: for tests
+    _settings = {"layers": layers, "deep_stem": depth > 34, "pooled": depth > 34}
+    _variant(f"ms_resnet{depth}", **_settings)
+    _variant(f"ms_resnet{depth}_sma", **_settings, sma=SMA_SETTINGS)
+    _variant(f"ms_resnet{depth}_sma_azo", **_settings, sma={**SMA_SETTINGS, "azo": True})
+    _variant(
+        f"att_resnet{depth}", layers=layers, pooled=True, attention={"dimensions": "CS", "channel_reduction": 8}, T=1
+    )
+# Not of the papers: for tests.
+_variant("ms_resnet_test", layers=(1, 1, 1, 1), num_classes=10, T=2)
+_variant(
+    "att_resnet_test", layers=(1, 1, 1, 1), pooled=True, attention={"dimensions": "TCS", "time_reduction": 1},
+    num_classes=10, T=4,
+)  # fmt: skip

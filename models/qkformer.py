@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikecore.models._base import SpikingModel, truncated_normal
+from spikecore.models._base import SpikingModel, fire, truncated_normal
 from spikecore.models._registry import register_model
 from spikecore.models._transformer import Attention, Block, SpikingSelfAttention, conv_bn, neuron, published_keys
 from spikecore.ops import qk_attention
@@ -35,7 +35,7 @@ class TokenAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         q, k = self.currents(x)
         y = qk_attention(q, k, "token", self.attn_lif, self.qkv_lif)
-        return self.lif(self.proj(y.reshape(x.shape)))
+        return fire(y.reshape(x.shape), self.proj, self.lif)
 
 
 class PatchEmbed(nn.Module):
@@ -62,8 +62,8 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         maps = [x]
         for name in self.names:
-            maps.append(getattr(self, f"{name}_lif")(getattr(self, name)(maps[-1])))
-        return maps[-1] + self.proj_res_lif(self.proj_res(maps[self.shortcut_after]))
+            maps.append(fire(maps[-1], getattr(self, name), getattr(self, f"{name}_lif")))
+        return maps[-1] + fire(maps[self.shortcut_after], self.proj_res, self.proj_res_lif)
 
 
 # Per stem and stage: layers (name, width as a share of embed_dim, pool), where the shortcut leaves, its stride, and the

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikecore.models._base import Folded, SpikingModel
+from spikecore.models._base import Folded, SpikingModel, fire
 from spikecore.models._registry import register_model
 from spikecore.models._transformer import Attention, conv_bn, neuron, published_keys
 from spikecore.ops import spike_driven_attention
@@ -43,7 +43,7 @@ class Tokenizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for i in range(3):
-            x = getattr(self, f"proj_lif{i or ''}")(getattr(self, f"proj{i or ''}")(x))
+            x = fire(x, getattr(self, f"proj{i or ''}"), getattr(self, f"proj_lif{i or ''}"))
             x = self.pool(x) if self.pools[i] else x
         x = self.proj3(x)
         return x + self.rpe(self.proj_lif3(x))
@@ -77,10 +77,13 @@ class MLP(nn.Module):
         self.same_width = hidden == channels
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.fc1(self.fc1_lif(x))
+        s = self.fc1_lif(x)
         if self.same_width:
-            x = y = y + x
-        return x + self.fc2(self.fc2_lif(y))
+            x = self.fc1(s) + x
+            s = self.fc2_lif(x)
+        else:
+            s = fire(s, self.fc1, self.fc2_lif)
+        return x + self.fc2(s)
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikecore.models._base import Folded, SpikingModel
+from spikecore.models._base import Chain, Folded, SpikingModel, fire
 from spikecore.models._registry import register_model
 from spikecore.neurons import IF, PLIF
 
@@ -53,16 +53,15 @@ class Block(nn.Module):
         self.downsample: nn.Module | None = None
         if stride != 1 or in_channels != out_channels:
             shortcut = conv_bn(in_channels, out_channels, 1, stride)
-            self.downsample = nn.Sequential(shortcut, IF()) if connect else shortcut
+            self.downsample = Chain(shortcut, IF()) if connect else shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for n in range(1, self.depth):
-            y = getattr(self, f"sn{n}")(getattr(self, f"conv{n}")(y))
-        y = getattr(self, f"conv{self.depth}")(y)
-        fire = getattr(self, f"sn{self.depth}")
+            y = fire(y, getattr(self, f"conv{n}"), getattr(self, f"sn{n}"))
+        last = getattr(self, f"conv{self.depth}"), getattr(self, f"sn{self.depth}")
         shortcut = x if self.downsample is None else self.downsample(x)
-        return CONNECT[self.connect](fire(y), shortcut) if self.connect else fire(y + shortcut)
+        return CONNECT[self.connect](fire(y, *last), shortcut) if self.connect else fire(y, *last, shortcut)
 
 
 class SEWResNet(SpikingModel):
@@ -112,14 +111,8 @@ class SEWResNet(SpikingModel):
                 if connect == "AND":
                     nn.init.ones_(norm.bias)
 
-    def frames(self, x: Tensor) -> Tensor:
-        x = super().frames(x)
-        if x.stride(0) == 0:  # a repeated image: its current is computed once
-            return self.bn1(self.conv1(x[0])).expand(len(x), -1, -1, -1, -1)
-        return self.bn1(self.conv1(x.flatten(0, 1))).unflatten(0, x.shape[:2])
-
     def sequence_features(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.sn1(x))
+        x = self.maxpool(fire(x, (self.conv1, self.bn1), self.sn1))
         for stage in self.stages:
             x = getattr(self, stage)(x)
         return x
@@ -138,15 +131,16 @@ class EventBlock(nn.Module):
         first, second = conv_bn(channels, mid, 3), conv_bn(mid, channels, 3)
         self.kind, self.connect = kind, connect
         if kind == "basic":
-            self.conv = nn.Sequential(nn.Sequential(first, PLIF()), second)
+            self.conv = nn.Sequential(Chain(first, PLIF()), second)
             self.sn = PLIF()
         else:
-            self.conv = nn.Sequential(nn.Sequential(first, PLIF()), nn.Sequential(second, PLIF()))
+            self.conv = nn.Sequential(Chain(first, PLIF()), Chain(second, PLIF()))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
         if self.kind == "basic":
-            return self.sn(y + x)
+            second: Any = self.conv[1]
+            return fire(self.conv[0](x), second, self.sn, x)
+        y = self.conv(x)
         return y if self.kind == "plain" else CONNECT[self.connect or "ADD"](y, x)
 
 
@@ -174,7 +168,7 @@ class SEWDVS(SpikingModel):
         for stage in stages:
             if channels != stage["channels"]:
                 up = conv_bn(channels, stage["channels"], stage["up_kernel_size"])
-                self.conv.append(nn.Sequential(up, PLIF()))
+                self.conv.append(Chain(up, PLIF()))
                 channels = stage["channels"]
             for _ in range(stage["num_blocks"]):
                 self.conv.append(EventBlock(channels, stage["mid_channels"], stage["block_type"], connect))

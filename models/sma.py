@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikecore.models._base import Folded, SpikingModel
+from spikecore.models._base import Chain, Folded, SpikingModel, walk
 from spikecore.models._registry import register_model
 from spikecore.neurons import LIF
 
@@ -33,7 +33,7 @@ class Branch(nn.Module):
         self.lif = LIF() if spiking else nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:  # [T, B, C, H, W]
-        return self.lif(self.bn(self.conv(x.flatten(0, 1))).unflatten(0, x.shape[:2]))
+        return walk((self.conv, self.bn, self.lif), x)
 
 
 class SMA(nn.Module):
@@ -130,7 +130,7 @@ class SMAVGG(SpikingModel):
         super().__init__(T, in_chans, num_classes)
         channels = in_chans
         for i, width in enumerate(widths):
-            block = nn.Sequential(Folded(nn.Conv2d(channels, width, 3, padding=1)))
+            block = Chain(Folded(nn.Conv2d(channels, width, 3, padding=1)))
             if i in (1, 2):
                 block.append(
                     SMA(width, T, channel_reduction=channel_reduction, time_reduction=time_reduction, azo=azo,

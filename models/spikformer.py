@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikecore.models._base import Folded, SpikingModel, truncated_normal
+from spikecore.models._base import Folded, SpikingModel, fire, truncated_normal
 from spikecore.models._registry import register_model
 from spikecore.models._transformer import Block, SelfAttention, SpikingSelfAttention, conv_bn, neuron, published_keys
 
@@ -41,9 +41,9 @@ class SPS(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for i, pool in enumerate(self.pools):
-            x = getattr(self, f"proj_lif{i or ''}")(getattr(self, f"proj{i or ''}")(x))
+            x = fire(x, getattr(self, f"proj{i or ''}"), getattr(self, f"proj_lif{i or ''}"))
             x = self.pool(x) if pool else x
-        return x + self.rpe_lif(self.rpe(x))
+        return x + fire(x, self.rpe, self.rpe_lif)
 
 
 class CML(nn.Module):
@@ -59,10 +59,10 @@ class CML(nn.Module):
             channels = embed_dim // share
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x)
+        layer = self.proj
         for i in range(1, 5):
-            x = getattr(self, f"proj{i}")(getattr(self, f"proj{i}_lif")(x))
-        return x
+            x, layer = fire(x, layer, getattr(self, f"proj{i}_lif")), getattr(self, f"proj{i}")
+        return layer(x)
 
 
 class AttentionFirst(SelfAttention):
@@ -85,7 +85,7 @@ class MLPFirst(nn.Module):
         self.fc2_lif, self.fc2 = neuron(tau), conv_bn(hidden, channels, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc2_lif(self.fc1(self.fc1_lif(x))))
+        return self.fc2(fire(self.fc1_lif(x), self.fc1, self.fc2_lif))
 
 
 class PreActivationBlock(nn.Module):

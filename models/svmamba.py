@@ -1,11 +1,12 @@
-"""SVMamba: VMamba's selective scan between spiking neurons.
+"""SVMamba: VMamba's selective scan between spiking neurons; and the attention that its code holds beside it.
 
 Origin: github.com/para133/SNN_Mamba (no licence; no paper, and no result, was published); written anew from its
 description, its checkpoints load.
 
-Deviations: the first neuron of a block steps over T; the published code runs it over T * B, which couples the samples
-of a batch (``published_quirks=True``; the same for a batch of one). A block adds its branches to the normalised map,
-as published.
+Deviations: the first neuron of a block, and those of the attention's q and k, step over T; the published code runs
+them over T * B, which couples the samples of a batch (``published_quirks=True``; the same for a batch of one). A block
+adds its branches to the normalised map, as published. The attention's last projection, which is never used, is left
+out.
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,10 @@ from spikecore.models._base import Folded, SpikingModel, over_time, truncated_no
 from spikecore.models._registry import register_model
 from spikecore.models._transformer import neuron
 from spikecore.models.vmamba import SS2D, LayerNorm2d, Linear2d, checkpoint_filter
+from spikecore.neurons import LIF, Neuron
+from spikecore.surrogate import Sigmoid
 
-__all__ = ["SVMamba"]
+__all__ = ["SVMamba", "SpikeLinearAttention"]
 
 
 class ConvBlock(nn.Module):
@@ -42,6 +45,11 @@ class Downsample(nn.Module):
         return self.conv(x)
 
 
+def fire(x: Tensor, neuron: Neuron, coupled: bool) -> Tensor:
+    """Spikes; `coupled`: of a neuron that steps over T * B."""
+    return neuron(x.flatten(0, 1)).view_as(x) if coupled else neuron(x)
+
+
 class SpikeMamba(nn.Module):
     """Neuron, convolution, scan, neuron; the spikes gate the input."""
 
@@ -53,9 +61,40 @@ class SpikeMamba(nn.Module):
         self.snn2 = neuron()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = over_time(self.in_proj, x)
-        s = self.snn_in(y.flatten(0, 1)).view_as(y) if self.quirks else self.snn_in(y)
+        s = fire(over_time(self.in_proj, x), self.snn_in, self.quirks)
         return self.snn2(over_time(lambda s: self.ssm(self.act(self.conv(s))), s)) * x
+
+
+class SpikeLinearAttention(nn.Module):
+    """Softmax attention between spikes, v the map that q and k are made of; the result gates the input.
+
+    Part of the published code, used by none of its models. Despite its name it is quadratic in the tokens. Its neurons
+    do not detach their reset.
+
+    Args:
+        channels, heads: C, split into the heads.
+        published_quirks: the neurons of q and k step over T * B (see above).
+
+    Shapes: ``[T, B, C, H, W] -> [T, B, C, H, W]``.
+    """
+
+    def __init__(self, channels: int, heads: int, *, published_quirks: bool = False) -> None:
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"SpikeLinearAttention: {channels} channels cannot be split into {heads} heads")
+        self.heads, self.quirks = heads, published_quirks
+        self.in_proj, self.conv, self.act = Linear2d(channels, channels), nn.Conv2d(channels, channels, 1), nn.SiLU()
+        self.q_proj, self.k_proj = Linear2d(channels, channels), Linear2d(channels, channels)
+        self.snn_in, self.q_snn, self.k_snn = (LIF(detach_reset=False, surrogate=Sigmoid(4.0)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.snn_in(over_time(lambda x: self.act(self.conv(self.in_proj(x))), x))
+        q, k = (
+            fire(over_time(project, v), neuron, self.quirks)
+            for project, neuron in ((self.q_proj, self.q_snn), (self.k_proj, self.k_snn))
+        )
+        q, k, v = (s.flatten(3).unflatten(2, (self.heads, -1)).mT for s in (q, k, v))  # [T, B, heads, N, D]
+        return nn.functional.scaled_dot_product_attention(q, k, v).mT.reshape(x.shape) * x
 
 
 class FFN(nn.Module):

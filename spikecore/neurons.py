@@ -14,11 +14,13 @@ They keep no state: one call takes the sequence and returns its spikes, ``step``
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spikecore.ops.lif import check_reset, lif
+from spikecore.ops import bn_lif, lif
+from spikecore.ops.lif import check_reset
 from spikecore.surrogate import ATan
 
 __all__ = ["IF", "LIF", "PLIF", "Leaky"]
@@ -56,15 +58,31 @@ class Neuron(nn.Module):
         self, x: Tensor, v_init: Tensor | None = None, *, return_h: bool = False, return_v: bool = False
     ) -> tuple[Tensor, ...]:
         """The sequence ``[T, ...]`` from `v_init`, as `spikecore.ops.lif` returns it: ``(s, v_last[, h][, v])``."""
-        decay, gain = self.decay_and_gain()
-        return lif(
-            x, decay, gain, v_threshold=self.v_threshold, v_reset=self.v_reset, reset_by=self.reset_by,
-            strict=self.strict, detach_reset=self.detach_reset, surrogate=self.surrogate, v_init=v_init,
-            channel_dim=self.channel_dim, return_h=return_h, return_v=return_v,
-        )  # fmt: skip
+        return lif(x, v_init=v_init, return_h=return_h, return_v=return_v, **self.constants())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(x)[0]
+    def constants(self) -> dict[str, Any]:
+        """Arguments of the operators."""
+        decay, gain = self.decay_and_gain()
+        names = "v_threshold", "v_reset", "reset_by", "strict", "detach_reset", "surrogate", "channel_dim"
+        return {"decay": decay, "gain": gain, **{name: getattr(self, name) for name in names}}
+
+    def forward(self, x: Tensor, norm: nn.BatchNorm2d | None = None, residual: Tensor | None = None) -> Tensor:
+        """Spikes of x; with `norm`, of ``norm(x) + residual`` (batch norm over all but `channel_dim`), in one operator
+        (`spikecore.ops.bn_lif`) and without calling the module `norm`."""
+        if norm is None:
+            return self.run(x if residual is None else x + residual)[0]
+        momentum: float | Tensor = norm.momentum or 0.0
+        if norm.training and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if norm.momentum is None:  # means over all batches
+                momentum = 1 / norm.num_batches_tracked
+        spikes = bn_lif(
+            x, norm.weight, norm.bias, norm.running_mean, norm.running_var,
+            None if residual is None else residual.to(x.dtype), training=norm.training, momentum=momentum, eps=norm.eps,
+            **self.constants(),
+        )  # fmt: skip
+        assert isinstance(spikes, Tensor)
+        return spikes
 
     def step(self, x_t: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One time step ``[...]`` from potential `v` (None: at rest); returns ``(s, v)``, for streaming."""

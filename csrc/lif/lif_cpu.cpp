@@ -8,34 +8,24 @@
 #include "core/surrogate.h"
 #include "lif/lif.h"
 #include "lif/neuron.h"
+#include "lif/rows.h"
 
 namespace spk {
 namespace SPK_ISA {
 namespace {
 
-// Row loops are shared by all element types and variants of the walk around them; inlined, they compile for minutes.
-#define SPK_NOINLINE __attribute__((noinline))
-
 constexpr int64_t kStreamBytes = 8 << 20;  // output sequences from this size on bypass the caches
 constexpr int kTile = 1024;                // neurons of a chunk whose rows lie in L1 at once
 constexpr int kStreamTile = 32;            // neurons between two bursts of streamed stores: loads go on meanwhile
 constexpr int kBackStreamTile = 128;       // the same in backward, whose loop is longer
-constexpr int kUnroll = 4;                 // time steps that a row loop carries through registers
-constexpr int kSegment = 16;               // time steps whose potentials backward holds at once
-constexpr int kLine = 64;                  // bytes
-constexpr int kFetch = 16 * kLine;         // how far ahead of its work a row loop fetches its rows, in bytes
+constexpr int kUnroll = kLifUnroll;
+constexpr int kSegment = 16;        // time steps whose potentials backward holds at once
+constexpr int kLine = 64;           // bytes
+constexpr int kFetch = 16 * kLine;  // how far ahead of its work a row loop fetches its rows, in bytes
 
 // Lengths of a row of working space: a little over a tile or chunk, to keep the rows out of each other's cache sets.
 constexpr int kTileRow = kTile + 16;
 constexpr int kRow = kLifChunk + 16;
-
-template <class A>
-Neuron<A> constants(const LifNeuron& p) {
-  const A threshold = A(p.threshold);
-  const A above = sizeof(A) == 4 ? A(nextafterf(float(threshold), INFINITY)) : A(nextafter(double(threshold), INFINITY));
-  // Nothing lies above infinity, and no potential is >= NaN.
-  return {A(p.rest), !p.strict ? threshold : above > threshold ? above : A(NAN), threshold, A(p.reset_by)};
-}
 
 // decay or gain written out for the neurons [first, first + n): one form for numbers, scalars and channels.
 template <class A>
@@ -196,33 +186,12 @@ SPK_NOINLINE void step_back(const A* h, const A* g_s, const A* g_h, A* g_v, A* g
 }
 
 template <class A>
-void fill_row(A* d, A value, int n) {
-  for (int i = 0; i < n; ++i) d[i] = value;
-}
-template <class A>
-void add_row(A* __restrict__ d, const A* __restrict__ s, int n) {
-  for (int i = 0; i < n; ++i) d[i] += s[i];
-}
-template <class A>
-void reset_row(A* __restrict__ v, const A* __restrict__ h, bool hard, const Neuron<A> c, int n) {
-  if (hard)
-    for (int i = 0; i < n; ++i) v[i] = reset(h[i], true, c);
-  else
-    for (int i = 0; i < n; ++i) v[i] = reset(h[i], false, c);
-}
-template <class A>
 void add_product(A* __restrict__ d, const A* __restrict__ x, const A* __restrict__ y, A minus, int n) {
   for (int i = 0; i < n; ++i) d[i] += x[i] * (y[i] - minus);
 }
 
-template <class A>
-struct Back {
-  void (*steps)(const A* const*, const A*, const A* const*, A*, A* const*, const A*, const A*, Neuron<A>, A, A, int, bool);
-  void (*step)(const A*, const A*, const A*, A*, A*, A*, const A*, const A*, Neuron<A>, A, A, int);
-};
-
 template <bool HARD, bool AT_ZERO, bool DETACH, class A>
-Back<A> back_of(int kind) {
+LifBack<A> back_of(int kind) {
 #define SPK_BACK(K)                                                                              \
   {                                                                                              \
     steps_back<HARD, AT_ZERO, DETACH, Surrogate::K, A>, step_back<HARD, DETACH, Surrogate::K, A> \
@@ -239,13 +208,26 @@ Back<A> back_of(int kind) {
 #undef SPK_BACK
 }
 template <bool HARD, bool AT_ZERO, class A>
-Back<A> back_of(bool detach, int kind) {
+LifBack<A> back_of(bool detach, int kind) {
   return detach ? back_of<HARD, AT_ZERO, true, A>(kind) : back_of<HARD, AT_ZERO, false, A>(kind);
 }
 template <class A>
-Back<A> back_of(bool hard, bool at_zero, bool detach, int kind) {
+LifBack<A> back_of(bool hard, bool at_zero, bool detach, int kind) {
   if (!hard) return back_of<false, true, A>(detach, kind);  // soft reset rests at 0
   return at_zero ? back_of<true, true, A>(detach, kind) : back_of<true, false, A>(detach, kind);
+}
+
+template <bool S, bool H, int R, class A>
+LifForth<A>* forth_of(const LifNeuron& p) {
+  if (!p.hard) return steps<false, true, false, S, H, R, A>;  // soft reset rests at 0
+  if (p.rest != 0) return steps<true, false, false, S, H, R, A>;
+  return p.C == 1 ? steps<true, true, true, S, H, R, A> : steps<true, true, false, S, H, R, A>;
+}
+
+template <class A>
+LifRows<A> rows_of(const LifNeuron& p, bool detach, int kind) {
+  return {forth_of<true, false, kUnroll, A>(p), forth_of<false, false, kUnroll, A>(p), forth_of<true, true, 1, A>(p),
+          forth_of<false, true, 1, A>(p), back_of<A>(p.hard, p.rest == 0, detach, kind)};
 }
 
 // What a chunk of neurons carries through time, and how it advances.
@@ -283,11 +265,7 @@ struct Walk {
   // neurons.
   template <bool S, bool H, int R>
   void advance(const A* const* x, const A* from, A* to, A* const* s, A* const* h, int j, int m, bool down = false) {
-    // Soft reset rests at 0 too.
-    const auto run = !p.hard       ? steps<false, true, false, S, H, R, A>
-                     : c.rest == 0 ? (p.C == 1 ? steps<true, true, true, S, H, R, A> : steps<true, true, false, S, H, R, A>)
-                                   : steps<true, false, false, S, H, R, A>;
-    run(x, from, to, s, h, decay + j, gain + j, c, m, down);
+    forth_of<S, H, R, A>(p)(x, from, to, s, h, decay + j, gain + j, c, m, down);
   }
 };
 
@@ -359,7 +337,7 @@ template <class T, class A>
 int backward(const LifBwd& p, int64_t begin, int64_t end) {
   const bool stream = p.T * p.N * int64_t(sizeof(T)) >= kStreamBytes;
   const bool by_step = p.g_h || p.g_v || p.g_decay || p.g_gain;  // these need a row of every step
-  const Back<A> back = back_of<A>(p.neuron.hard, p.neuron.rest == 0, p.detach, p.surrogate);
+  const LifBack<A> back = back_of<A>(p.neuron.hard, p.neuron.rest == 0, p.detach, p.surrogate);
   const int64_t segments = (p.T + kSegment - 1) / kSegment;
   alignas(64) A g_v[kRow], sum_decay[kRow], sum_gain[kRow], v[kTileRow], g[kTileRow], zero[kTileRow];
   alignas(64) A h[kUnroll][kTileRow], gs_tmp[kUnroll][kTileRow], gx_tmp[kUnroll][kTileRow];
@@ -503,6 +481,9 @@ int reduce(const LifReduce& p, int64_t begin, int64_t end) {
 }
 
 }  // namespace
+
+LifRows<float> lif_rows(const LifNeuron& p, bool detach, int surrogate, float) { return rows_of<float>(p, detach, surrogate); }
+LifRows<double> lif_rows(const LifNeuron& p, bool detach, int surrogate, double) { return rows_of<double>(p, detach, surrogate); }
 
 int lif_fwd(const LifFwd& p, int64_t begin, int64_t end) {
   switch (p.dtype) {

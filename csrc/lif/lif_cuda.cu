@@ -1,10 +1,6 @@
 // lif on CUDA; no torch header here (3.5 s to compile instead of 16). Also runs on the CPU by csrc/testing/shim.h.
-#include <math.h>
-
-#include "core/cuda.h"
 #include "core/surrogate.h"
-#include "lif/lif.h"
-#include "lif/neuron.h"
+#include "lif/lif_cuda.h"
 
 namespace spk {
 namespace {
@@ -14,40 +10,6 @@ constexpr int kFwdBlock = 128;
 constexpr int kBwdBlock = 64;
 constexpr int kBwdShared = 48 << 10;  // bytes a block may take without opting in
 constexpr int kReduceBlock = 256;
-
-Neuron<float> constants(const LifNeuron& p) {
-  const float threshold = float(p.threshold), above = nextafterf(threshold, INFINITY);
-  // Nothing lies above infinity, and no potential is >= NaN.
-  return {float(p.rest), !p.strict ? threshold : above > threshold ? above : NAN, threshold, float(p.reset_by)};
-}
-
-// V numbers of T from or to memory as floats, in accesses of at most 16 bytes.
-template <int V, class T>
-__device__ __forceinline__ void load(float (&d)[V], const T* __restrict__ p) {
-  constexpr int W = sizeof(T) * V > 16 ? 16 / sizeof(T) : V;
-#pragma unroll
-  for (int j = 0; j < V; j += W) {
-    const Vec<T, W> in = *reinterpret_cast<const Vec<T, W>*>(p + j);
-#pragma unroll
-    for (int k = 0; k < W; ++k) d[j + k] = load_float<T>(in.d[k]);
-  }
-}
-template <int V, class T>
-__device__ __forceinline__ void store(T* __restrict__ p, const float (&d)[V]) {
-  constexpr int W = sizeof(T) * V > 16 ? 16 / sizeof(T) : V;
-#pragma unroll
-  for (int j = 0; j < V; j += W) {
-    Vec<T, W> out;
-#pragma unroll
-    for (int k = 0; k < W; ++k) out.d[k] = store_float<T>(d[j + k]);
-    *reinterpret_cast<Vec<T, W>*>(p + j) = out;
-  }
-}
-template <int V>
-__device__ __forceinline__ void fill(float (&d)[V], float value) {
-#pragma unroll
-  for (int k = 0; k < V; ++k) d[k] = value;
-}
 
 // A parameter for the V neurons from i on: a number, one tensor element, or one per channel.
 template <int V>
@@ -249,10 +211,6 @@ __global__ void __launch_bounds__(kReduceBlock) lif_reduce_parts_kernel(const Li
   for (int j = 0; j < parts; ++j) sum += p.partial[c * parts + j];
   static_cast<float*>(p.out)[c] = float(sum);
 }
-
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-unsigned blocks(int64_t threads, int block) { return unsigned((threads + block - 1) / block); }
 
 template <class T, int V>
 int forward(const LifFwd& p, void* stream) {

@@ -5,7 +5,6 @@
 #include "core/params.h"
 
 namespace spk {
-namespace {  // internal linkage: each per-ISA object keeps its own copy
 
 // Constants in the state type A. `fire_at` is the smallest potential that fires: v_threshold, or with strict=True the
 // next number above it, so that one comparison serves both.
@@ -13,6 +12,8 @@ template <class A>
 struct Neuron {
   A rest, fire_at, threshold, reset_by;
 };
+
+namespace {  // internal linkage: each per-ISA object keeps its own copy
 
 template <class A>
 SPK_HD A charge(A v, A x, A decay, A gain, A rest) {

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from spikecore.models import (
     ECSNN,
+    MA,
     SEWDVS,
     SMA,
     SMAVGG,
@@ -21,7 +21,10 @@ from spikecore.models import (
     Spikingformer,
     SVMamba,
     VMamba,
+    attention_snn,
+    create_model,
     ecsnn,
+    fold_norms,
     ms_resnet,
     qkformer,
     sdt,
@@ -94,26 +97,29 @@ def check(
     case: Case, model: nn.Module, rename: Filter, call: Callable[[nn.Module, Tensor], Tensor] | None = None,
     neurons: dict[str, str] | None = None,
 ) -> Report:  # fmt: skip
-    """Evaluation, then a training step without dropout, as the cases were made."""
+    """Evaluation, also with folded norms, then a training step without dropout, as the cases were made."""
     report, call = Report(), call or (lambda model, x: model(x))
     state = state_of(case)
     own = {name: next(iter(rename({name: t}, model)), None) for name, t in state.items()}  # published name -> ours
-    near = case.data.get("min_margin", 1.0) < 2e-6
+    margin = case.data.get("min_margin", 1.0)
+    near = margin < 2e-6
 
-    for mode in ("eval", "train"):
+    # Folding rounds the weights anew, which may flip a spike nearer to its threshold than that.
+    for mode, folded in (("eval", False), *((("eval", True),) if margin >= 1e-5 else ()), ("train", False)):
         model.load_state_dict(rename({k: v.clone() for k, v in state.items()}, model))
         model.train(mode == "train")
         for m in model.modules():
             if isinstance(m, nn.Dropout):
                 m.eval()
+        net = fold_norms(model) if folded else model
         if case.config.get("train_flag") or case.config.get("AZO"):  # the published flag holds in evaluation too
-            for m in model.modules():
+            for m in net.modules():
                 if isinstance(m, SMA):
                     m.training = True
         x = case.input("x").requires_grad_(mode == "train")
         fired: dict[str, int] = {}
         with ExitStack() as hooks:
-            for name, m in model.named_modules():
+            for name, m in net.named_modules():
                 if isinstance(m, Attention):
                     Inside(name, m, fired, report, hooks)
                 elif isinstance(m, Neuron):
@@ -123,12 +129,12 @@ def check(
 
                     hooks.callback(m.register_forward_hook(count).remove)
             with torch.set_grad_enabled(mode == "train"):
-                out = call(model, x)
+                out = call(net, x)
         ours = {name: (neurons or {}).get(name, name) for name in case.data["neurons"]}
         assert set(fired) == set(ours.values()), (sorted(fired), sorted(ours.values()))
         for name, facts in case.data["neurons"].items():
             report.counts(name, fired[ours[name]], facts[mode]["spikes"], facts[mode]["within_1e-5"] if near else 0)
-        report.output(f"{mode} output", out, case.tensors[f"{mode}.out"])
+        report.output(f"{'folded ' * folded}{mode} output", out, case.tensors[f"{mode}.out"])
     results = case.data["results"]["train"]
     weight = torch.from_numpy(2 * uniform(case.data["case_seed"], "loss_weight", list(out.shape)) - 1).float()
     loss = (out * weight).sum()
@@ -362,15 +368,31 @@ def same(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-@runner("AmazingDD/EC-SNN", "model.py", "VGG")
-def ecsnn_vgg(case: Case, _: None) -> Report:
-    config = case.config
+def vgg(config: dict[str, Any]) -> ECSNN:
     layers, hidden = ecsnn.ARCHITECTURES[config["arch"]]
-    model = ECSNN(
+    return ECSNN(
         layers, hidden, img_size=(config["img_height"], config["img_width"]), spiking=config["act"] == "snn",
         T=config["T"], in_chans=config["input_dim"], num_classes=config["num_cls"],
     )  # fmt: skip
-    return check(case, model, same)
+
+
+@runner("AmazingDD/EC-SNN", "model.py", "VGG")
+def ecsnn_vgg(case: Case, _: None) -> Report:
+    return check(case, vgg(case.config), same)
+
+
+@runner("AmazingDD/EC-SNN", "energy.py, utils.py", "mac_ac_count, spike_count")
+def ecsnn_counts(case: Case, _: None) -> Report:
+    report, model, x = Report(), vgg(case.config).eval(), case.input("x")
+    model.load_state_dict(state_of(case))
+    report.output("steps", model.steps(x), case.tensors["out_per_step"])
+    operations, spikes = ecsnn.published_counts(model, x)
+    for t, want in enumerate(case.data["spike_count_per_step"]):
+        report.counts(f"step {t}", int(spikes[t]), want)
+    report.values("operations", operations, torch.tensor(case.data["mac_ac_count_per_step"], dtype=torch.float64))
+    operations, _ = ecsnn.published_counts(model, x, case.data["init_lsar_used"])
+    report.values("of events", operations[0], torch.tensor(case.data["mac_ac_count_first_step_with_init_lsar"]))
+    return report
 
 
 @runner("AmazingDD/EC-SNN", "model.py", "Fusion")
@@ -436,21 +458,39 @@ def spike_mamba_block(case: Case, _: None) -> Report:
     return check(case, svmamba.Block(case.config["dim"], True), vmamba.checkpoint_filter)
 
 
-# ---- MS-ResNet -------------------------------------------------------------------------------------------------------
+@runner(SNN_MAMBA, "SVMamba/SpikMamba.py", "SpikeLinearAttention")
+def spike_linear_attention(case: Case, _: None) -> Report:
+    model = svmamba.SpikeLinearAttention(case.config["dim"], case.config["heads"], published_quirks=True)
+
+    def used(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        return {k: v for k, v in state.items() if not k.startswith("out_proj.")}
+
+    return check(case, model, used)
 
 
-def norm_as_published(norm: nn.BatchNorm2d, T: int, x: Tensor) -> Tensor:
+# ---- MS-ResNet, Attention-SNN ----------------------------------------------------------------------------------------
+
+
+class PublishedNorm(nn.BatchNorm2d):
     """The published layout, ``[B, C, T, H, W]`` by way of copies.
 
     For one sample of 1 x 1 pixels, as the cases end in, torch's CPU kernel misreads this layout in backward: it sums
     g_y as though it were ``[C, T]``. The cases' gradients carry that error; so do ours if called this way, only then.
     """
-    steps = T if len(x) % T == 0 else 1  # a repeated image's first norm comes without T
-    y = x.unflatten(0, (steps, -1)).transpose(0, 2).contiguous().transpose(0, 1).contiguous()
-    y = nn.functional.batch_norm(
-        y, norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.training, norm.momentum or 0.0, norm.eps
-    )
-    return y.contiguous().transpose(0, 1).contiguous().transpose(0, 2).flatten(0, 1)
+
+    T: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = self.T if len(x) % self.T == 0 else 1  # a repeated image's first norm comes without T
+        y = x.unflatten(0, (steps, -1)).transpose(0, 2).contiguous().transpose(0, 1).contiguous()
+        y = nn.functional.batch_norm(
+            y, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum or 0.0,
+            self.eps,
+        )  # fmt: skip
+        y = y.contiguous().transpose(0, 1).contiguous().transpose(0, 2).flatten(0, 1)
+        if y.requires_grad and y.shape[2:].numel() > 1:  # where our maps, and so their gradients, lie channels last
+            y.register_hook(lambda g: g.contiguous())
+        return y
 
 
 def membrane_resnets(run: Callable) -> Callable:
@@ -467,10 +507,43 @@ def membrane_resnet(case: Case, _: None) -> Report:
     depth = int(case.key[2].split()[0].removeprefix("resnet"))
     inserted = config.pop("SMA", None)
     model = MSResNet(
-        ms_resnet.DEPTHS[depth], deep_stem=depth > 34, T=config["time_window"], num_classes=config["num_classes"],
+        ms_resnet.DEPTHS[depth], deep_stem=depth > 34, pooled=depth > 34, T=config["time_window"],
+        num_classes=config["num_classes"],
         sma=None if inserted is None else attention(inserted),
     )  # fmt: skip
+    return as_published(case, model)
+
+
+def as_published(case: Case, model: MSResNet) -> Report:
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.forward = partial(norm_as_published, m, model.T)
+            m.__class__, m.T = PublishedNorm, model.T
     return check(case, model, ms_resnet.checkpoint_filter)
+
+
+ATTENTION = "BICLab/Attention-SNN"
+
+
+@runner(ATTENTION, "Att_Res_SNN/models/resnet_2.py", "resnet18")
+def attention_resnet(case: Case, _: None) -> Report:
+    return as_published(case, create_model("att_resnet18", T=case.config["time_window"]))
+
+
+def attentions(run: Callable) -> Callable:
+    for name in ("TA", "CA", "SA", "CSA", "TCA", "TSA", "TCSA"):
+        runner(ATTENTION, "MA_SNN/module/Attention.py", name)(run)
+    return run
+
+
+@attentions
+def attention_module(case: Case, _: None) -> Report:
+    config = case.config
+    model = MA(
+        case.key[2].removesuffix("A"), config["channels"], config["timeWindows"], channel_reduction=config["c_ratio"],
+        time_reduction=config["t_ratio"],
+    )  # fmt: skip
+
+    def time_second(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x.transpose(0, 1)).transpose(0, 1)
+
+    return check(case, model, attention_snn.checkpoint_filter, time_second)

@@ -1,5 +1,9 @@
 """The fused operators; each stands beside its reference in plain PyTorch (`<op>_ref`)."""
 
+from spikecore.ops.bn_lif import (
+    bn_lif,
+    bn_lif_ref,
+)
 from spikecore.ops.codebook_lookup import (
     codebook_decode,
     codebook_lookup,
@@ -41,6 +45,8 @@ from spikecore.ops.spiking_self_attention import (
 __all__ = [
     "LIFParams",
     "SCANS",
+    "bn_lif",
+    "bn_lif_ref",
     "codebook_decode",
     "codebook_lookup",
     "codebook_lookup_ref",

@@ -3,6 +3,7 @@ must move, for benches. A new operator adds a Case; the sweep (python_tests/test
 """
 
 from spikecore.testing.cases import (
+    bn_lif,
     codebook_lookup,
     lif,
     qk_attention,
@@ -17,6 +18,7 @@ __all__ = ["CASES", "LAYOUTS", "SURROGATES", "Case", "Sample", "values"]
 
 _ALL = (
     lif.CASE,
+    bn_lif.CASE,
     qk_attention.CASE,
     qk_attention.SPIKE_DRIVEN,
     spiking_self_attention.CASE,
