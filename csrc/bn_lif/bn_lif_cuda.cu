@@ -100,7 +100,7 @@ __device__ float of_channel(const void* values, int64_t c, double number) {
 }
 
 // A thread owns a channel and writes out what it is for the neurons.
-__global__ void __launch_bounds__(kBlock) bn_constants_kernel(const BnNorm norm, const LifNeuron neuron, float* constants) {
+__global__ void __launch_bounds__(kBlock, 8) bn_constants_kernel(const BnNorm norm, const LifNeuron neuron, float* constants) {
   const int64_t C = neuron.C, c = int64_t(blockIdx.x) * kBlock + threadIdx.x;
   if (c >= C) return;
   constants[kMean * C + c] = static_cast<const float*>(norm.mean)[c];
@@ -120,7 +120,7 @@ __device__ double channel_sum(const double* __restrict__ sums, const Grid& g, co
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock) bn_stats_finish_kernel(const BnStats p, const Grid g) {
+__global__ void __launch_bounds__(kBlock, 8) bn_stats_finish_kernel(const BnStats p, const Grid g) {
   const int64_t c = int64_t(blockIdx.x) * kBlock + threadIdx.x;
   if (c >= p.shape.C) return;
   const double k = load_float<T>(static_cast<const T*>(p.x)[c * p.shape.inner]);
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kBlock) bn_stats_finish_kernel(const BnStats p
   static_cast<float*>(p.var)[c] = float(var);
 }
 
-__global__ void __launch_bounds__(kBlock) bn_lif_bwd_finish_kernel(const BnLifBwd p, const Grid g) {
+__global__ void __launch_bounds__(kBlock, 8) bn_lif_bwd_finish_kernel(const BnLifBwd p, const Grid g) {
   const int64_t C = p.shape.C, c = int64_t(blockIdx.x) * kBlock + threadIdx.x;
   if (c >= C) return;
   const auto sum = [&](int kind) { return channel_sum(p.sums + kind * p.parts * g.places, g, p.shape, p.parts, c); };
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kBlock) bn_lif_bwd_finish_kernel(const BnLifBw
 
 // A block sums one part of a channel, or of some places: d = x - k and its square, in double, k the channel's first number.
 template <class T, int V>
-__global__ void __launch_bounds__(kBlock) bn_stats_kernel(const BnStats p, const Grid g) {
+__global__ void __launch_bounds__(kBlock, 4) bn_stats_kernel(const BnStats p, const Grid g) {
   SPK_SHARED(double, shared, [kBlock]);
   const Place<V> at(g, p.shape, p.shape.T * g.outer);
   const T* __restrict__ x = static_cast<const T*>(p.x);
@@ -161,8 +161,10 @@ __global__ void __launch_bounds__(kBlock) bn_stats_kernel(const BnStats p, const
     channels(c, p.shape, at.i);
 #pragma unroll
     for (int j = 0; j < V; ++j) k[j] = load_float<T>(x[c[j] * p.shape.inner]);
-    for (int64_t row = at.row; row < at.rows_end; row += at.rows_step) {
-      const T* __restrict__ from = x + row / g.outer * p.x_step + row % g.outer * g.period;
+    int64_t t = at.row / g.outer, o = at.row % g.outer;
+    for (int64_t row = at.row; row < at.rows_end; row += at.rows_step, o += at.rows_step) {
+      for (; o >= g.outer; o -= g.outer) ++t;
+      const T* __restrict__ from = x + t * p.x_step + o * g.period;
       for (int64_t i = at.i; i < at.end; i += at.step) {
         float in[V];
         load(in, from + i);
@@ -363,7 +365,7 @@ __global__ void __launch_bounds__(kBlock, 3) bn_lif_bwd_kernel(const BnLifBwd p,
 
 // A thread owns V neighbouring neurons: g_x from g, x and the means of its channel.
 template <class T, int V>
-__global__ void __launch_bounds__(kBlock) bn_lif_bwd_x_kernel(const BnLifBwd p) {
+__global__ void __launch_bounds__(kBlock, 8) bn_lif_bwd_x_kernel(const BnLifBwd p) {
   const int64_t i = (int64_t(blockIdx.x) * kBlock + threadIdx.x) * V, N = p.shape.N, C = p.shape.C;
   if (i >= N) return;
   int c[V];

@@ -1,5 +1,6 @@
 // Tells the host shim which memory a launch may touch: one function per params struct, in <op>_buffers.cpp.
 #pragma once
+#include "bn_lif/bn_lif.h"
 #include "codebook_lookup/codebook_lookup.h"
 #include "lif/lif.h"
 #include "qk_attention/qk_attention.h"
@@ -17,6 +18,9 @@ void shim_buffer(const void* data, int64_t count, int64_t size, const char* name
 void shim_buffers(const LifFwd& p);
 void shim_buffers(const LifBwd& p);
 void shim_buffers(const LifReduce& p);
+void shim_buffers(const BnStats& p);
+void shim_buffers(const BnLifFwd& p);
+void shim_buffers(const BnLifBwd& p);
 void shim_buffers(const QkFwd& p);
 void shim_buffers(const QkBwd& p);
 void shim_buffers(const QkReduce& p);

@@ -97,8 +97,8 @@ def bn_lif(
         _check("bn_lif", x, residual, weight, bias, mean, var, decay, gain, v_init, channel_dim)
         s, y, mean, var = _reference(
             x, weight, bias, mean, var, residual, eps, channel_dim,
-            dict(decay=decay, gain=gain, v_threshold=v_threshold, v_reset=v_reset, reset_by=reset_by, strict=strict,
-                 detach_reset=detach_reset, surrogate=surrogate, v_init=v_init),
+            {"decay": decay, "gain": gain, "v_threshold": v_threshold, "v_reset": v_reset, "reset_by": reset_by,
+             "strict": strict, "detach_reset": detach_reset, "surrogate": surrogate, "v_init": v_init},
         )  # fmt: skip
     else:
         decay_c, gain_c, neuron = encode(
@@ -154,8 +154,8 @@ def bn_lif_ref(
     """The reference of `bn_lif`: the formulas in plain PyTorch; ``smooth=True`` as in `lif_ref`."""
     s, y, mean, var = _reference(
         x, weight, bias, *((None, None) if training else (running_mean, running_var)), residual, eps, channel_dim,
-        dict(decay=decay, gain=gain, v_threshold=v_threshold, v_reset=v_reset, reset_by=reset_by, strict=strict,
-             detach_reset=detach_reset, surrogate=surrogate, v_init=v_init, smooth=smooth),
+        {"decay": decay, "gain": gain, "v_threshold": v_threshold, "v_reset": v_reset, "reset_by": reset_by,
+         "strict": strict, "detach_reset": detach_reset, "surrogate": surrogate, "v_init": v_init, "smooth": smooth},
     )  # fmt: skip
     if training:
         _move(x, running_mean, running_var, mean, var, momentum, channel_dim)
@@ -202,11 +202,11 @@ def _check(
     def dtype_name(dtype: torch.dtype) -> str:
         return str(dtype).removeprefix("torch.")
 
-    if x.dtype in _FLOATS and x.dim() >= 1 and x.shape[0] >= 1:
-        if not -x.dim() < channel_dim < x.dim() or channel_dim % x.dim() == 0:
-            raise RuntimeError(
-                f"{op}: channel_dim must name a dimension of x after the first (x has {x.dim()}), got {channel_dim}"
-            )
+    fits = x.dtype in _FLOATS and x.dim() >= 1 and x.shape[0] >= 1  # else lif's check says what is wrong
+    if fits and (not -x.dim() < channel_dim < x.dim() or channel_dim % x.dim() == 0):
+        raise RuntimeError(
+            f"{op}: channel_dim must name a dimension of x after the first (x has {x.dim()}), got {channel_dim}"
+        )
     _check_lif(op, x, decay, gain, v_init, channel_dim)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
         want = f"{dtype_name(x.dtype)} {list(x.shape)} on {x.device.type}"
