@@ -30,8 +30,8 @@ import numpy as np
 from spikecore.data import create_dataset
 from spikecore.data.formats import Events, read_aedat2, read_aedat3, read_atis
 from spikecore.data.frames import events_to_frames
+from spikecore.data.writers import random_events, write_aedat2, write_aedat3, write_atis
 from spikecore.testing import timing
-from spikecore.testing.recordings import random_events, write_aedat2, write_aedat3, write_atis
 
 BAR = 10  # how many times as many events a second ours should read
 FRAMES = 16

@@ -7,7 +7,7 @@ Image = pytest.importorskip("PIL.Image")
 
 from spikecore.cli import main  # noqa: E402
 from spikecore.data import draw  # noqa: E402
-from spikecore.testing.recordings import random_events, write_aedat2, write_atis  # noqa: E402
+from spikecore.data.writers import random_events, write_aedat2, write_atis  # noqa: E402
 
 
 def test_colours_tell_polarity_and_count():

@@ -17,7 +17,7 @@ from spikecore.data.events import CIFAR10_CLASSES, GESTURES
 from spikecore.data.formats import Events, read_events
 from spikecore.data.frames import events_to_frames
 from spikecore.data.splits import FIXED, read_split, save_split, split_files
-from spikecore.testing.recordings import random_events, write_aedat2, write_aedat3, write_atis
+from spikecore.data.writers import random_events, write_aedat2, write_aedat3, write_atis
 
 
 def tree(root, files):

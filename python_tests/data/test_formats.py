@@ -8,7 +8,7 @@ import pytest
 
 from spikecore.data import BrokenFileError
 from spikecore.data.formats import Events, read_aedat2, read_aedat3, read_atis, read_events, read_mat
-from spikecore.testing.recordings import random_events, write_aedat2, write_aedat3, write_aedat4, write_atis
+from spikecore.data.writers import random_events, write_aedat2, write_aedat3, write_aedat4, write_atis
 
 WRITERS = {"a.bin": write_atis, "a2.aedat": write_aedat2, "a3.aedat": write_aedat3}
 
