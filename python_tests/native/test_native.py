@@ -15,12 +15,14 @@ SANITIZERS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefi
 ARM = "aarch64-linux-gnu-g++"
 QUICK = {  # random problems, where every instruction is slow
     "lif": "196",
+    "bn_lif": "60",
     "qk_attention": "60",
     "selective_scan": "40",
     "selective_scan_2d": "40",
     "codebook_lookup": "120",
     "spiking_self_attention": "60",
 }
+NEEDS = {"bn_lif": ["lif"]}  # whose row loops it calls
 EACH = pytest.mark.parametrize("op", QUICK)
 
 
@@ -33,7 +35,7 @@ def test_kernels_agree_with_plain_loops(op, tmp_path, tmp_path_factory):
 @EACH
 def test_kernels_under_asan_and_ubsan(op, tmp_path):
     compiler = kernels.require("g++", "g++")
-    objects = kernels.compile_isas(tmp_path, kernels.isas(), compiler, SANITIZERS, ops=[op])
+    objects = kernels.compile_isas(tmp_path, kernels.isas(), compiler, SANITIZERS, ops=[op, *NEEDS.get(op, [])])
     program = kernels.link_check(op, tmp_path, objects, compiler, SANITIZERS)
     assert "0 failures" in kernels.run([program, QUICK[op]])
 
@@ -46,6 +48,11 @@ def test_kernels_under_asan_and_ubsan(op, tmp_path):
         ("lif", "out[i] = value;", "out[i] = values ? values[0] : value;", "channels="),
         ("lif", "g_x[i] = gain[i] * gi;", "g_x[i] = gain[i] * sg;", r": g_x\["),
         ("lif", "i < n; ++i) d[i] += s[i];", "i < n + 1; ++i) d[i] += s[i];", "AddressSanitizer"),
+        ("bn_lif", "(x - mean) * scale + bias", "(x + mean) * scale + bias", r": s\["),
+        ("bn_lif", "(t + r) * p.r_step + first", "t * p.r_step + first", r"residual=1 .*: (s|y|g_residual)\["),
+        ("bn_lif", "(p.g_bias)[c]) / count", "(p.g_bias)[c])", r"batch=1 .*: g_x\["),
+        ("bn_lif", "int(length - j < step() ? length - j : step())", "int(step())", "AddressSanitizer"),
+        ("bn_lif", "part < parts; ++part) total", "part < parts - 1; ++part) total", r": (var|g_weight)\["),
         ("qk_attention", "least(s.L, l0 + kQkTile)", "l0 + kQkTile", "AddressSanitizer"),
         ("qk_attention", "(p.decay_h)[h * p.decay_step]", "(p.decay_h)[0]", r": out\["),
         ("qk_attention", "surrogate<K, A>(h[i] - threshold", "surrogate<K, A>(threshold - h[i]", ": g_"),
@@ -91,7 +98,7 @@ def test_check_finds_mistakes(op, tmp_path, monkeypatch, right, wrong, complaint
         path.write_text(text)
     monkeypatch.setattr(kernels, "CSRC", sources)
     flags = [*SANITIZERS, "-O0"]
-    objects = kernels.compile_isas(tmp_path, [isa], compiler, flags, dispatch=False, ops=[op])
+    objects = kernels.compile_isas(tmp_path, [isa], compiler, flags, dispatch=False, ops=[op, *NEEDS.get(op, [])])
     program = kernels.link_check(op, tmp_path, objects, compiler, [*flags, f"-DSPK_CHECK_ONLY={isa}"])
     done = subprocess.run([program, "56"], capture_output=True, text=True)
     assert done.returncode != 0
@@ -101,7 +108,7 @@ def test_check_finds_mistakes(op, tmp_path, monkeypatch, right, wrong, complaint
 @EACH
 def test_aarch64_compiles_without_warning_and_runs(op, tmp_path):
     compiler = kernels.require(ARM, "g++-aarch64-linux-gnu")
-    objects = kernels.compile_isas(tmp_path, kernels.isas("aarch64"), compiler, ops=[op])
+    objects = kernels.compile_isas(tmp_path, kernels.isas("aarch64"), compiler, ops=[op, *NEEDS.get(op, [])])
     program = kernels.link_check(op, tmp_path, objects, compiler, ["-static"])
     emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
     if not emulator:
