@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -146,14 +147,34 @@ def test_file_in_place_of_the_folder(tmp_path):
             quickstart(out, epochs=1)
 
 
-def test_loop_neuron_computes_the_same(few_digits):
+class Launched(TorchDispatchMode):
+    """The operators of this package that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "spikecore":
+            self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_throughput_is_of_kernels_and_of_loops(few_digits):
     net = create_model(module.MODEL, dropout=0.0)
     fused, loop = module._throughput(net, few_digits, module.Recipe(), torch.device("cpu"))
     assert fused > 0
     assert loop > 0
+    loops, x = module._with_loops(net), few_digits.x_train[:4]
+    with Launched() as of_kernels:
+        out = net(x)
+    with Launched() as of_loops:
+        torch.testing.assert_close(loops(x), out)
+    assert of_kernels.names
+    assert not of_loops.names
     x = torch.randint(0, 128, (4, 2, 3, 5, 5)) / 64.0
     neuron = net.conv_fc[2]
-    assert torch.equal(module._run_loop(neuron, x)[0], neuron(x))
+    assert torch.equal(module._loop(neuron, x), neuron(x))
 
 
 def test_shift_moves_by_at_most_one_pixel():
