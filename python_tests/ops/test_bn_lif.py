@@ -134,7 +134,7 @@ def test_autocast_computes_in_float32():
         (RuntimeError, {"residual": torch.randn(4, 3, 5)}, "residual must be float32 [4, 3, 5, 6, 6] on cpu"),
         (RuntimeError, {"channel_dim": 0}, "channel_dim must name a dimension of x after the first (x has 5), got 0"),
     ],
-    ids=str,
+    ids=lambda v: " ".join(v) if isinstance(v, dict) else v if isinstance(v, str) else v.__name__,
 )
 def test_mistakes(error, change, message):
     weight, bias, mean, var = of(norm())
