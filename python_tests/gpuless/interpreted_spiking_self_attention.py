@@ -1,21 +1,20 @@
-"""spiking_self_attention by lif's Triton kernels; test_spiking_self_attention_triton.py runs it interpreting.
+"""spiking_self_attention's Triton kernels on the CPU; test_spiking_self_attention_triton.py runs it interpreting.
 
-The operator launches no Triton kernel but lif's, whose own accesses interpreted_lif.py guards. Here, under the same
-guard, how they are put together is checked: spikes, gradients, and mistakes planted in the composition.
+Under the guard: spikes, packed spikes and gradients, and mistakes planted in the kernels and in what launches them.
 """
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from backends import through
 from gpuless import interp_guard
+from gpuless.planted import planted
 from test_ops import check_gradients
 
 interp_guard.install()
 
+from spikecore.ops.lif import LIFParams, pack_spikes  # noqa: E402
 from spikecore.testing.cases import CASES  # noqa: E402
 from spikecore.triton import spiking_self_attention as module  # noqa: E402
 
@@ -41,17 +40,48 @@ def test_a_difference_is_seen():
         check_gradients(wrong, sample)
 
 
+def wide(packed=False):
+    """Three tiles of columns by two of rows, and sums of several parts."""
+    g = torch.Generator().manual_seed(0)
+    operands = {name: (torch.rand(9, 1, 2, 70, 150, generator=g) < 0.3).float() for name in "qkv"}
+    attn = LIFParams(decay=torch.tensor([0.5, 0.25]), v_threshold=24.0, v_reset=None)
+    if packed:
+        return {name: pack_spikes(x) for name, x in operands.items()} | {"attn": attn, "T": 9}
+    return operands | {"attn": attn}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_more_than_a_tile(packed):
+    arguments = wide(packed)
+    want = CASE.op(**arguments)[0]
+    assert torch.equal(TRITON.op(**arguments)[0], want)
+    assert packed or 0.05 < want.mean() < 0.95
+
+
 # ---- planted mistakes
 
 DEFECTS = {
-    "kv not turned": ("(b_k @ b_v.mT).mT @ b_q", "(b_k @ b_v.mT) @ b_q", "spikes"),
-    "no scale in forward": ("y = scale * (", "y = (", "spikes"),
-    "packed spikes of floats": ("attn, T > 0)", "attn, T >= 0)", "spikes"),
+    "packed spikes of floats": ("PACKED_OUT=T > 0", "PACKED_OUT=T >= 0", "spikes|out of bounds|race"),
     "the channel is the batch": ("_HEADS = 2", "_HEADS = 1", "spikes|must be"),
     "no scale in backward": ("g_y = scale * g_u", "g_y = g_u", "gradient of"),
     "gradients exchanged": ("g_kv @ b_v, g_kv.mT @ b_k", "g_kv.mT @ b_k, g_kv @ b_v", "gradient of"),
     "the parameters of one operand": ("sum(r[1] for r in results)", "results[0][1]", "gradient of"),
-}
+    "kv turned": ("tl.dot(b_k, tl.trans(b_v)", "tl.dot(b_v, tl.trans(b_k)", "spikes"),
+    "no scale in forward": ("_charge(b_v, scale * y,", "_charge(b_v, y,", "spikes"),
+    "the bit of another step": ("bit = (t % 8)", "bit = ((t + 1) % 8)", "spikes"),
+    "heads overlap in kv": ("p_kv + matrix * D * D + d", "p_kv + matrix * D + d", "race: program"),
+    "tiles overlap": ("n = (tile % across * BN +", "n = (tile % across * 16 +", "race: program|spikes"),
+    "load without mask": (
+        "b_kv = tl.load(at_kv + d * D, mask=(d < D) & (e[None, :] < D), other=0.0)",
+        "b_kv = tl.load(at_kv + d * D)",
+        "out of bounds load: .* nearest 'p_kv'|race: program",
+    ),
+    "store without mask": (
+        "fired.to(tl.float32).to(p_out.dtype.element_ty), mask=mask)",
+        "fired.to(tl.float32).to(p_out.dtype.element_ty))",
+        "race: .*'p_out'|out of bounds store: .* nearest 'p_out'",
+    ),
+}  # fmt: skip
 
 
 def check(case, sample):
@@ -63,14 +93,10 @@ def check(case, sample):
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_planted_mistake_is_found(tmp_path, defect):
     old, new, message = DEFECTS[defect]
-    source = Path(module.__file__).read_text()
-    assert old in source, f"the composition no longer contains {old!r}"
-    path = tmp_path / "planted.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("planted", path)
-    planted = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(planted)
+    wrong = planted(module, tmp_path, (old, new))
     sample = CASE.sample("currents, heads")
+    if defect == "tiles overlap":
+        sample = replace(sample, arguments=wide())
     with pytest.raises(Exception, match=message):
-        check(replace(CASE, op=through("spiking_self_attention", planted)), sample)
-    check(TRITON, sample)
+        check(replace(CASE, op=through("spiking_self_attention", wrong)), sample)
+    check(TRITON, CASE.sample("currents, heads"))

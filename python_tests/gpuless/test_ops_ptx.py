@@ -139,3 +139,14 @@ def test_triton_selective_scan_2d():
             assert_close(got, want, case.ref(**sample.to(torch.float64).arguments)[0], str(sample))
             check_gradients(replace(case, op=function), sample)
     assert set(launched) == {"selective_scan_2d_fwd_kernel", "selective_scan_2d_bwd_kernel"}
+
+
+@pytest.mark.slow
+def test_triton_spiking_self_attention():
+    """Forward; backward launches lif's kernels alone."""
+    with on_ptx.of_triton("spiking_self_attention") as (function, launched):
+        for sample in (ssa_sample(20), ssa_sample(3)):
+            want = CASES["spiking_self_attention"].op(**sample.arguments)[0]
+            assert torch.equal(function(**sample.arguments)[0], want), sample
+            assert 0 < want.mean() < 1
+    assert set(launched) == {"ssa_dots_kernel", "ssa_fwd_kernel"}

@@ -1,41 +1,44 @@
-"""spiking_self_attention's second GPU backend without a GPU: interpreted with the guard in another process, and what it
-launches compiled ahead of time. That is lif's kernels alone, over [T, B H D N] neurons with a parameter a head; the
-products are torch's.
+"""spiking_self_attention's Triton kernels without a GPU: compiled ahead of time, and interpreted with the guard.
+
+Backward launches lif's kernels alone, over [T, B H D N] neurons with a parameter a head; the products are torch's.
 """
 
 from pathlib import Path
 
 import pytest
 import torch
-from gpuless import aot
+from gpuless import aot, on_ptx
 from gpuless.interpreted import passed, run_interpreted
-from gpuless.lif_backends import triton_facts
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+from spikecore.ops.lif import LIFParams, pack_spikes
+
+pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.mark.slow
 def test_interpreted():
-    assert passed(run_interpreted(Path(__file__).with_name("interpreted_spiking_self_attention.py"))) == 11
+    assert passed(run_interpreted(Path(__file__).with_name("interpreted_spiking_self_attention.py"))) == 18
 
 
-def test_it_has_no_kernel_of_its_own():
-    """Else what stands above is no longer so, and that kernel needs the checks that lif's have."""
-    from spikecore.triton import spiking_self_attention as module
-
-    assert not [name for name, f in vars(module).items() if isinstance(f, triton.runtime.KernelInterface)]
-
-
-@pytest.mark.parametrize("arch", aot.ARCHS)
-@pytest.mark.parametrize(
-    ("direction", "changes"),
-    [("fwd", {}), ("fwd", {"PACKED": True}), ("bwd", {"KIND": 1}), ("bwd", {"KIND": 1, "HARD": False})],
-    ids=str,
-)
-def test_what_it_launches(direction, changes, arch):
-    """float32, decay and gain of a head; nothing spills, 16-byte accesses, as many registers as leave lif's blocks."""
-    facts = triton_facts(direction, torch.float32, arch, **{"PER_CHANNEL": True, **changes})
-    assert (facts.spills, facts.stack, facts.local) == (0, 0, 0)
-    assert facts.registers <= {"fwd": 64, "bwd": 168}[direction]
-    assert facts.ldg128
-    assert facts.stg128
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float32", "float16", "packed"])
+def test_compiled(kind):
+    """As launched for wide rows: no spills, 16-byte accesses (but for a tile of few bytes)."""
+    operands = {name: torch.rand(4, 1, 2, 64, 256) < 0.3 for name in "qkv"}
+    attn = LIFParams(decay=torch.tensor([0.5, 0.25]), gain=torch.tensor(0.75), v_threshold=0.5)
+    if kind == "packed":
+        arguments = {name: pack_spikes(x.float()) for name, x in operands.items()} | {"T": 4}
+    else:
+        arguments = {name: x.to(getattr(torch, kind)) for name, x in operands.items()}
+    launches = {}
+    keep = lambda launch: launches.setdefault(launch.fn.__name__, launch)  # noqa: E731
+    with on_ptx.of_triton("spiking_self_attention", keep) as (function, _):
+        function(**arguments, attn=attn)
+    assert set(launches) == {"ssa_dots_kernel", "ssa_fwd_kernel"}
+    for name, launch in launches.items():
+        for arch in aot.ARCHS:
+            f = launch.facts(arch)
+            assert (f.spills, f.stack, f.local) == (0, 0, 0), (name, arch)
+            assert f.registers <= 128, (name, arch, f.registers)  # two programs of 256 threads on a multiprocessor
+            assert f.stg128, (name, arch)
+            assert f.ldg128 or (kind != "float32" and name == "ssa_dots_kernel"), (name, arch)  # kv is read so
