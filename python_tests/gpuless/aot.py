@@ -74,7 +74,9 @@ def _facts(binary: Path, ptx: str = "") -> list[Facts]:
         for name, sass in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", section, re.S):
             arch = int(code[1])
             registers, stack, shared, local = usage.get((name, arch)) or usage[name, 0]
-            n = [len(re.findall(p, sass)) for p in (r"\b(?:LDL|STL)\b", r"\bLDG(?:STS)?\.E\.\S*128", r"\bSTG\.E\.\S*128")]
+            n = [
+                len(re.findall(p, sass)) for p in (r"\b(?:LDL|STL)\b", r"\bLDG(?:STS)?\.E\.\S*128", r"\bSTG\.E\.\S*128")
+            ]
             n += [len(re.findall(p, sass)) for p in (r"\bLDS\b", r"\bSTS\b", r"\b[A-Z]*MMA\b")]
             out.append(Facts(name, arch, registers, stack, local, shared, *n, ptx, sass))
     return out

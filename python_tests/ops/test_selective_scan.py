@@ -127,7 +127,7 @@ BAD = {
     "u of integers": ({"u": torch.ones(2, 4, 8, dtype=torch.int64)}, "u must be float32, bfloat16, float16 or float64"),
     "u of two dimensions": ({"u": torch.ones(4, 8)}, "u must be \\[B, C, L\\], got float32 \\[4, 8\\] on cpu"),
     "delta shorter": ({"delta": torch.ones(2, 4, 7)}, "delta must be float32 \\[2, 4, 8\\] on cpu, got float32"),
-    "delta half": ({"delta": torch.ones(2, 4, 8).half()}, "delta must be float32 .* got float16"),
+    "integer delta": ({"delta": torch.ones(2, 4, 8).int()}, "delta must be float32 .* got int32"),
     "complex A": ({"A": torch.ones(4, 3, dtype=torch.complex64)}, "A must be .*complex A is not supported.*complex64"),
     "A of other channels": ({"A": torch.ones(5, 3)}, "A must be \\[4, S\\], float32 on cpu"),
     "B constant": ({"B": torch.ones(4, 3)}, "B must be \\[B, S, L\\] or \\[B, G, S, L\\] \\(constant in L"),
@@ -164,6 +164,23 @@ def test_no_tensor() -> None:
 
 
 # ---- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_autocast_brings_all_to_the_widest() -> None:
+    """A convolution leaves bfloat16, softplus float32: the scan runs in float32 and answers in the dtype of u."""
+    torch.manual_seed(0)
+    project, x = torch.nn.Linear(6, 4), torch.randn(2, 9, 6)
+    arguments = inputs(C=4, S=3, L=9) | {"z": None}
+    with torch.autocast("cpu", torch.bfloat16):
+        u = project(x).mT
+        assert u.dtype == torch.bfloat16
+        y, h = selective_scan(**arguments | {"u": u, "return_last_state": True})
+        y.float().sum().backward()
+    assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
+    want = selective_scan(**arguments | {"u": u.detach().float(), "return_last_state": True})
+    assert torch.equal(y, want[0].bfloat16())
+    assert torch.equal(h, want[1])
+    assert project.weight.grad.abs().sum() > 0
 
 
 def test_parameters_of_a_half_model_are_converted() -> None:

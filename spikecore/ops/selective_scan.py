@@ -16,6 +16,7 @@ the wrong sign). A state that is 0 then stays 0; any other grows to infinity wit
 may turn to NaN afterwards, as the formula has it (infinity times 0, infinity minus infinity).
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def selective_scan(
 
     Args:
         u: ``[B, C, L]``, float32, bfloat16, float16 or (CPU only) float64. Any strides; no copy is made where the
-            sequence is dense (stride 1 along L), here and for delta, z, B and C, which have the dtype of u.
+            sequence is dense (stride 1 along L), here and for delta, z, B and C. Of unlike dtypes, as under autocast,
+            these are brought to the widest.
         delta: ``[B, C, L]``, the step before bias and softplus.
         A: ``[C, S]``, real; negative for a state that decays.
         B, C: ``[B, S, L]``, or ``[B, G, S, L]`` where channel c of C uses group ``c * G // C``.
@@ -59,8 +61,8 @@ def selective_scan(
 
     Returns:
         ``y: [B, C, L]`` in the dtype of u, or ``(y, h_last)`` with ``h_last: [B, C, S]``. All float arguments get
-        gradients. The state dtype (A, D, delta_bias, h_init, h_last) is float32 for half-precision u, else that of u;
-        A, D and delta_bias are converted to it.
+        gradients. The state dtype (A, D, delta_bias, h_init, h_last) is float64 where u, delta, z, B or C is, else
+        float32; A, D and delta_bias are converted to it.
 
     Raises:
         TypeError: u is no tensor.
@@ -69,10 +71,12 @@ def selective_scan(
     """
     if not isinstance(u, Tensor):
         raise TypeError(f"selective_scan: u must be a tensor, got {type(u).__name__}")
-    A, D, delta_bias = (_parameter(p, u) for p in (A, D, delta_bias))
+    wide, delta, B, C, z = _to_widest(u, delta, B, C, z)
+    A, D, delta_bias = (_parameter(p, wide) for p in (A, D, delta_bias))
     y, h_last = torch.ops.spikecore.selective_scan_fwd(
-        u, delta, A, _grouped(B), _grouped(C), D, z, delta_bias, h_init, delta_softplus
+        wide, delta, A, _grouped(B), _grouped(C), D, z, delta_bias, h_init, delta_softplus
     )
+    y = y.to(u.dtype)
     return (y, h_last) if return_last_state else y
 
 
@@ -148,6 +152,15 @@ def selective_scan_ref(
 
 def _state_dtype(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def _to_widest(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The given of one floating dtype, which holds all of theirs; as they are where one has no such dtype."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if len(dtypes) == 1 or not dtypes.issubset(_FLOATS):
+        return tensors
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return tuple(None if t is None else t.to(widest) for t in tensors)
 
 
 def _parameter(p: Any, u: Tensor) -> Any:

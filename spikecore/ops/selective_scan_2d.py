@@ -19,10 +19,10 @@ from torch import Tensor
 
 from spikecore import _backend  # noqa: F401  (defines torch.ops.spikecore.selective_scan_2d_*)
 from spikecore.ops.cross_scan import cross_merge, cross_scan, direction_codes
+from spikecore.ops.selective_scan import _FLOATS, _state_dtype, _to_widest
 
 __all__ = ["selective_scan_2d", "selective_scan_2d_ref"]
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _GROUPS = {"cpu": 64, "cuda": 16}  # channels whose part in the gradients of B and C one task adds up
 
 
@@ -106,19 +106,9 @@ def selective_scan_2d_ref(
     return cross_merge(y, H, W, codes).unflatten(2, (H, W)).to(x.dtype)
 
 
-def _state_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _brought_together(x, delta, A, B, C, D, delta_bias, K):
     """x, delta, B, C of one dtype; A: [K, C, S] and D, delta_bias: [K, C] of the state's; the unfit as they are."""
-    maps = (x, delta, B, C)
-    if all(t.dtype in _FLOATS for t in maps):
-        widest = x.dtype
-        for t in maps[1:]:
-            widest = torch.promote_types(widest, t.dtype)
-        maps = tuple(t.to(widest) for t in maps)
-    x, delta, B, C = maps
+    x, delta, B, C = _to_widest(x, delta, B, C)
     state, channels = _state_dtype(x), x.shape[1] if x.dim() == 4 else -1
 
     def parameter(p: Tensor | None, dims: int) -> Tensor | None:
