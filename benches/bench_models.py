@@ -92,32 +92,39 @@ def layers(model: nn.Module, call: Callable[[], Any]) -> list[list[nn.Module]]:
     return found
 
 
+def counterparts(
+    ours: nn.Module, run: Callable[[Tensor], Tensor], peer: nn.Module, x: Tensor
+) -> list[tuple[nn.Module, nn.Module, int, int]]:
+    """Our layer, the peer's, and which of how many parts of the latter's rows it is: queries, keys and values may be
+    one layer of the peer's."""
+    theirs, own = layers(peer, lambda: run(x)), layers(ours, lambda: ours(x))
+    found = []
+    for source in theirs:
+        rows, columns = source[0].weight.flatten(1).shape
+        options = [(1, rows)]
+        if isinstance(source[0], nn.Conv1d):
+            options += [(parts, columns) for parts in (2, 3) if rows == parts * columns]
+        shapes = [tuple(t[0].weight.flatten(1).shape) for t in own]
+        at, parts = min((shapes.index((r, columns)), p) for p, r in options if (r, columns) in shapes)
+        for part, target in enumerate(own[at : at + parts]):
+            found += [(layer, source[i], part, parts) for i, layer in enumerate(target)]
+        del own[at : at + parts]
+    assert not own, f"{len(own)} of our layers have no counterpart"
+    return found
+
+
 @torch.no_grad()
 def equal_weights(ours: nn.Module, run: Callable[[Tensor], Tensor], peer: nn.Module, x: Tensor) -> None:
-    """Ours from the peer's, layer by layer; where one side alone has a bias in front of a norm, it becomes 0.
-
-    The peer's queries, keys and values may be one layer.
-    """
-    theirs, own = layers(peer, lambda: run(x)), layers(ours, lambda: ours(x))
-    for source in theirs:
-        weight = source[0].weight
-        shape = weight.flatten(1).shape
-        if isinstance(source[0], nn.Conv1d) and shape[0] in (2 * shape[1], 3 * shape[1]):
-            targets = own[: shape[0] // shape[1]]
-        else:
-            targets = [next(t for t in own if t[0].weight.flatten(1).shape == shape)]
-        for t in targets:
-            own.remove(t)
-        for layer, (i, given) in ((t[j], (i, source[j])) for i, t in enumerate(targets) for j in range(len(t))):
-            for name, v in layer.state_dict().items():
-                rows = getattr(given, name)
-                if rows is not None:
-                    v.copy_(rows if not v.dim() else rows.chunk(len(targets))[i].reshape(v.shape))
-                else:
-                    v.zero_()
-            if layer.__class__ not in (nn.BatchNorm2d,) and layer.bias is None and given.bias is not None:
-                given.bias.zero_()
-    assert not own, f"{len(own)} of our layers have no counterpart"
+    """Ours from the peer's, layer by layer; where one side alone has a bias in front of a norm, it becomes 0."""
+    for layer, given, part, parts in counterparts(ours, run, peer, x):
+        for name, v in layer.state_dict().items():
+            rows = getattr(given, name)
+            if rows is not None:
+                v.copy_(rows if not v.dim() else rows.chunk(parts)[part].reshape(v.shape))
+            else:
+                v.zero_()
+        if layer.__class__ not in (nn.BatchNorm2d,) and layer.bias is None and given.bias is not None:
+            given.bias.zero_()
 
 
 def pair(title: str) -> tuple[nn.Module, Peer, Tensor]:

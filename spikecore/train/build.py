@@ -100,18 +100,19 @@ def build_net(recipe: Recipe) -> nn.Module:
         raise RecipeError(f"{recipe.name}: model_kwargs do not fit {recipe.model}: {e}") from e
 
 
-def build(recipe: Recipe, ranks: Ranks, updates: int, sample: Tensor) -> Parts:
+def build(recipe: Recipe, ranks: Ranks, updates: int, sample: Tensor, net: nn.Module | None = None) -> Parts:
     """All parts on their devices, in the state before the first update.
 
     Args:
         updates: in an epoch.
         sample: one input ``[...]``, for its shape.
+        net: trained in place of the recipe's model.
 
     Raises:
         RecipeError: settings that do not go together.
     """
     seed_all(recipe.seed)
-    net = build_net(recipe).to(ranks.device)
+    net = (build_net(recipe) if net is None else net).to(ranks.device)
     if recipe.sync_bn and ranks.world > 1:
         if ranks.device.type == "cpu":
             raise RecipeError(f"{recipe.name}: sync_bn needs GPUs; on CPUs norms see each rank's own batch")
