@@ -15,7 +15,7 @@ for module in ("timm", "torchmetrics", "tensorboard", "yaml", "sklearn"):
 
 import yaml  # noqa: E402
 from PIL import Image  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from training_runs import TINY, tiny  # noqa: E402
 
 from spikecore.cli import main  # noqa: E402
@@ -23,6 +23,7 @@ from spikecore.models import create_model  # noqa: E402
 from spikecore.train import loop  # noqa: E402
 from spikecore.train.batches import Order, open_samples, seed_all, train_batches  # noqa: E402
 from spikecore.train.build import FewerFrames, Objective, SquaredError, build  # noqa: E402
+from spikecore.train.distill import Distiller  # noqa: E402
 from spikecore.train.evaluate import class_names  # noqa: E402
 from spikecore.train.loop import DivergedError, train  # noqa: E402
 from spikecore.train.ranks import Ranks  # noqa: E402
@@ -138,7 +139,13 @@ def test_mistakes_are_one_line_each(trained, capsys, tmp_path):
     assert "there is no file none.pth" in said(capsys, "train", recipe, "initial_checkpoint=none.pth", "--out", out)
     (tmp_path / "file").write_text("")
     assert f"cannot create the folder {tmp_path / 'file'}" in said(capsys, "train", recipe, "--out", tmp_path / "file")
+    assert "cannot write /proc/self/" in said(capsys, "train", recipe, "--out", "/proc/self")  # not even as root
     other = "model_kwargs.layers=16 P 12 P"
+    weights = f"initial_checkpoint={trained / 'model.safetensors'}"
+    assert "does not fit ECSNN" in said(capsys, "train", recipe, other, weights, "--out", out)
+    changed = said(capsys, "train", trained / "recipe.yaml", other, "--out", trained, "--resume")
+    assert "has model_kwargs={'layers': '8 P 12 P'" in changed
+    assert "it can only go on as it began" in changed
     assert "does not fit ECSNN" in said(capsys, "test", trained, other)
     assert "does not fit QKFormer" in said(capsys, "test", trained, "--recipe", "qkformer_test_digits")
     assert "there is no file" in said(capsys, "test", tmp_path / "none.safetensors")
@@ -211,6 +218,12 @@ def test_a_broken_sample_is_one_line_from_a_worker_too(tmp_path):
     )
     with pytest.raises(ValueError, match=r"^[^\n]*1\.png: expected an image that can be read[^\n]*$"):
         train(recipe, tmp_path / "run")
+    data["on_error"] = "skip"
+    recipe = tiny(**{**PLAIN, "model_kwargs": kwargs, "data": data, "batch_size": 4, "effective_batch": 4})
+    with pytest.warns(UserWarning, match=r"left out 1 of 8 samples that cannot be read; first .*1\.png"):
+        train(recipe, tmp_path / "skipped")
+    with pytest.raises(ValueError, match="on_error must be 'raise' or 'skip', got 'ignore'"):
+        train(tiny(**{**recipe.to_dict(), "data": {**data, "on_error": "ignore"}}), tmp_path / "ignored")
 
 
 def test_ctrl_c_writes_the_state_first(tmp_path, monkeypatch):
@@ -375,9 +388,13 @@ def test_impossible_recipes():
     for changes, message in (
         ({"model": "vmamba_test", "model_kwargs": {"num_classes": 10}, "loss": "tet"}, "needs a model with time steps"),
         ({"sync_bn": True}, "sync_bn needs GPUs"),
+        (
+            {"parallel": "fsdp", "model": "sew_dvs_7b", "model_kwargs": {"num_classes": 10}},
+            r"fsdp cannot shard .*, a parameter without dimensions; say parallel=ddp$",
+        ),
         ({"warmup_epochs": 5, "warmup_prefix": True}, "warmup_epochs must be below epochs"),
     ):
-        ranks = Ranks(0, 2, torch.device("cpu")) if "sync_bn" in changes else ALONE
+        ranks = Ranks(0, 2, torch.device("cpu")) if {"sync_bn", "parallel"} & set(changes) else ALONE
         with pytest.raises(RecipeError, match=message):
             build(tiny(**{**PLAIN, **changes}), ranks, 4, torch.zeros(1, 8, 8))
     with pytest.raises(RecipeError, match="cutmix is for images"):
@@ -406,9 +423,55 @@ def test_distillation(trained, tmp_path):
         train(tiny(**{**PLAIN, "distill": section, "loss": "tet"}), tmp_path / "tet")
 
 
+def test_a_teacher_is_asked_once_for_each_sample(tmp_path, monkeypatch):
+    """With a cache the weights become the same over several epochs; where samples would change it is refused."""
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for label in "ab":
+            (tmp_path / "data" / part / label).mkdir(parents=True)
+            for i in range(8):
+                image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+                image.save(tmp_path / "data" / part / label / f"{i}.png")
+    kwargs = {**TINY["model_kwargs"], "in_chans": 3, "num_classes": 2}
+    save_file(create_model(TINY["model"], **kwargs).state_dict(), tmp_path / "teacher.safetensors")
+    section = {
+        "loss": "mixed", "teacher": TINY["model"], "teacher_checkpoint": str(tmp_path / "teacher.safetensors"),
+        "teacher_settings": kwargs, "student_feature": "conv_fc.7", "teacher_feature": "conv_fc.7",
+    }  # fmt: skip
+    settings = {
+        **PLAIN, "data": {"name": "image_folder", "root": str(tmp_path / "data")}, "crop_padding": 0, "reprob": 0.0,
+        "hflip": 0.0, "model_kwargs": {**kwargs, "layers": "8 P 6 P"}, "batch_size": 4, "effective_batch": 8,
+        "epochs": 3, "val_interval": 3,
+    }  # fmt: skip
+    asked, real = [], Distiller._ask
+
+    def one_by_one(self, x, teacher_x):  # a convolution's rounding depends on the batch
+        asked.append(len(x))
+        found = [real(self, row[None], teacher_x) for row in x]
+        maps = [torch.cat(rows) for rows in zip(*(m for _, m in found), strict=True)]
+        return torch.cat([logits for logits, _ in found]), maps
+
+    monkeypatch.setattr(Distiller, "_ask", one_by_one)
+    counts = {}
+    for name, cache in (("with", {"cache": str(tmp_path / "cache")}), ("without", {})):
+        asked.clear()
+        train(tiny(**settings, distill={**section, **cache}), tmp_path / name)
+        counts[name] = sum(asked)
+    assert counts == {"with": 16, "without": 3 * 16}
+    ours, plain = (load_file(tmp_path / name / "model.safetensors") for name in counts)
+    assert all(torch.equal(ours[key], value) for key, value in plain.items())
+    section["cache"] = str(tmp_path / "cache")
+    for changes, named in (
+        ({"crop_padding": 1, "mixup": 0.5}, "mixup=0.5, crop_padding=1"),
+        ({"crop_padding": None, "scale": [0.5, 1.0], "hflip": 0.5}, r"hflip=0.5, scale=\[0.5, 1.0\]"),
+    ):
+        with pytest.raises(RecipeError, match=f"distill.cache keeps .* but {named} would change them$"):
+            train(tiny(**{**settings, "distill": section, **changes}), tmp_path / "refused")
+
+
 def test_a_student_of_fewer_frames():
     class Distiller(torch.nn.Module):
-        def forward(self, x, targets, teacher_x):
+        def forward(self, x, targets, teacher_x, ids):
             return x, teacher_x
 
     x = torch.arange(2 * 8 * 3.0).view(2, 8, 3, 1, 1)

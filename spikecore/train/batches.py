@@ -80,7 +80,7 @@ def open_samples(recipe: Recipe, *, training: bool) -> Samples:
     if recipe.distill and "student_frames" in recipe.distill and not training:
         options["frames"] = recipe.distill["student_frames"]
     split = data.train_split if training else data.val_split
-    samples = create_dataset(data.name, data.root, split, **options)
+    samples = create_dataset(data.name, data.root, split, on_error=data.on_error, **options)
     if len(samples.classes) != recipe.num_classes:
         raise RecipeError(
             f"{recipe.name}: {data.name} in {data.root} has {len(samples.classes)} classes, the model "
@@ -133,16 +133,20 @@ def _events(x: Tensor, size: int | None, kind: str | None, hflip: float) -> Tens
 
 
 class _Keyed(Dataset):
-    """Samples by (index, epoch, whether it counts), with generators that depend on the key alone."""
+    """Samples by (index, epoch, whether it counts), with generators that depend on the key alone.
 
-    def __init__(self, samples: Samples, seed: int) -> None:
-        self.samples, self.seed = samples, seed
+    `named`: the index comes as a third element, which a teacher's cache knows the sample by.
+    """
 
-    def __getitem__(self, key: tuple[int, int, bool]) -> tuple[Tensor, int]:
+    def __init__(self, samples: Samples, seed: int, named: bool = False) -> None:
+        self.samples, self.seed, self.named = samples, seed, named
+
+    def __getitem__(self, key: tuple[int, int, bool]) -> tuple[Any, ...]:
         index, epoch, counts = key
         with seeded(seed_of(self.seed, epoch, index)):
             x, y = self.samples[index]
-        return x, y if counts else PADDING
+        found = x, y if counts else PADDING
+        return (*found, index) if self.named else found
 
 
 class Order(Sampler):
@@ -196,8 +200,15 @@ class _Shard(Sampler):
 
 def train_batches(recipe: Recipe, samples: Samples, ranks: Ranks) -> tuple[DataLoader, Order]:
     """Raises:
-    RecipeError: batches that do not add up to `effective_batch`, or are larger than the data.
+    RecipeError: batches that do not add up to `effective_batch`, or are larger than the data; a teacher's cache where
+        samples are not the same in every epoch.
     """
+    named = bool(recipe.distill and recipe.distill.get("cache"))
+    if named and (drawn := _drawn(recipe, samples.kind)):
+        raise RecipeError(
+            f"{recipe.name}: distill.cache keeps what the teacher says of each sample, so samples must be the same in "
+            f"every epoch, but {', '.join(drawn)} would change them"
+        )
     effective = recipe.effective_batch or recipe.batch_size * ranks.world
     batch = min(recipe.batch_size, effective // ranks.world)
     if not batch or effective % (batch * ranks.world):
@@ -210,16 +221,32 @@ def train_batches(recipe: Recipe, samples: Samples, ranks: Ranks) -> tuple[DataL
     if (recipe.mixup or recipe.cutmix) and batch % 2:
         raise RecipeError(f"{recipe.name}: mixup and cutmix need an even batch on every rank, got {batch}")
     order = Order(len(samples), batch, effective // (batch * ranks.world), ranks, recipe.seed)
-    return _loader(recipe, samples, order, ranks), order
+    return _loader(recipe, samples, order, ranks, named), order
+
+
+def _drawn(recipe: Recipe, kind: str) -> list[str]:
+    """Settings that change samples of this kind at random."""
+    fixed: dict[str, Any] = {"mixup": 0, "cutmix": 0}
+    if kind == "image":
+        fixed |= {"hflip": 0, "color_jitter": 0, "aa": None, "reprob": 0, "crop_padding": (None, 0)}
+        if recipe.crop_padding is None:
+            fixed |= {"scale": [1, 1], "ratio": [1, 1]}
+    elif kind == "events":
+        fixed["event_aug"] = None
+    values = {key: getattr(recipe, key) for key in fixed}
+    return [
+        f"{key}={value}" for key, value in values.items()
+        if value not in (fixed[key] if isinstance(fixed[key], tuple) else (fixed[key],))
+    ]  # fmt: skip
 
 
 def eval_batches(recipe: Recipe, samples: Samples, ranks: Ranks) -> DataLoader:
     return _loader(recipe, samples, _Shard(len(samples), recipe.batch_size, ranks), ranks)
 
 
-def _loader(recipe: Recipe, samples: Samples, order: Sampler, ranks: Ranks) -> DataLoader:
+def _loader(recipe: Recipe, samples: Samples, order: Sampler, ranks: Ranks, named: bool = False) -> DataLoader:
     return DataLoader(
-        _Keyed(samples, recipe.seed), batch_sampler=order, num_workers=recipe.workers,
+        _Keyed(samples, recipe.seed, named), batch_sampler=order, num_workers=recipe.workers,
         persistent_workers=recipe.workers > 0, pin_memory=ranks.device.type == "cuda",
     )  # fmt: skip
 

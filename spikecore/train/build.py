@@ -122,6 +122,11 @@ def build(recipe: Recipe, ranks: Ranks, updates: int, sample: Tensor, net: nn.Mo
         ema = ModelEmaV3(net, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
     sharded = recipe.parallel == "fsdp" and ranks.world > 1
     if sharded:
+        scalar = next((name for name, p in net.named_parameters() if not p.dim()), None)
+        if scalar is not None:
+            raise RecipeError(
+                f"{recipe.name}: fsdp cannot shard {scalar}, a parameter without dimensions; say parallel=ddp"
+            )
         _shard(net)
         if ema is not None:
             _shard(ema.module)
@@ -179,10 +184,10 @@ class FewerFrames(nn.Module):
         super().__init__()
         self.distiller, self.frames = distiller, frames
 
-    def forward(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, targets: Tensor, *, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if x.shape[1] % self.frames:
             raise ValueError(f"distill: student_frames must divide the teacher's {x.shape[1]}, got {self.frames}")
-        return self.distiller(x.unflatten(1, (self.frames, -1)).sum(2), targets, teacher_x=x)
+        return self.distiller(x.unflatten(1, (self.frames, -1)).sum(2), targets, ids=ids, teacher_x=x)
 
 
 def _optimizer(recipe: Recipe, objective: nn.Module, updates: int) -> tuple[torch.optim.Optimizer, Scheduler]:

@@ -152,11 +152,11 @@ class _Run:
             if asked:
                 raise KeyboardInterrupt
 
-    def step(self, step: int, batches: Iterator[tuple[Tensor, Tensor]]) -> float:
+    def step(self, step: int, batches: Iterator[tuple[Tensor, ...]]) -> float:
         """One update of the weights; returns its loss on this rank."""
         recipe, parts, progress, device = self.recipe, self.parts, self.progress, self.ranks.device
         accumulate, mean = self.order.accumulate, 0.0
-        for part, (x, y) in enumerate(batches):
+        for part, (x, y, *ids) in enumerate(batches):
             seed_all(seed_of(recipe.seed, step, part, self.ranks.rank))  # of mixup and dropout
             targets = y
             if parts.mixup is not None:
@@ -164,7 +164,7 @@ class _Run:
             x, targets = x.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             with parts.synced(part == accumulate - 1):
                 with autocast(recipe, device):
-                    logits, loss = parts.wrapped(x, targets)
+                    logits, loss = parts.wrapped(x, targets, **({"ids": ids[0]} if ids else {}))
                 value = loss.item()
                 if not math.isfinite(value):
                     raise self.diverged(f"the loss is {value}", step)

@@ -40,6 +40,7 @@ class Data:
     root: str | None = None
     train_split: str = "train"
     val_split: str = "test"
+    on_error: str = "raise"  # or "skip": leave out files that cannot be read
     options: dict[str, Any] = field(default_factory=dict)  # of this data set: T, size, classes ...
 
 
