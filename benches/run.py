@@ -48,8 +48,8 @@ def load(name: str) -> ModuleType:
 
 
 def discover() -> dict[str, ModuleType]:
-    """The benches beside this file, by operator; those of models and readers stand alone."""
-    names = sorted({path.stem for path in HERE.glob("bench_*.py")} - {"bench_models", "bench_readers"})
+    """The benches beside this file, by operator; those of models, readers and loaders stand alone."""
+    names = sorted({path.stem for path in HERE.glob("bench_*.py")} - {"bench_loader", "bench_models", "bench_readers"})
     return {name.removeprefix("bench_"): load(name) for name in names}
 
 

@@ -303,6 +303,13 @@ def test_every_rank_and_start_sees_the_same_updates():
     assert len({key for update in alone for key in update}) == 96  # each sample once
     assert alone == seen(2, 12, 1) == seen(2, 6, 2) == seen(4, 3, 2)
     assert seen(2, 6, 2, first=3) == alone[3:]
+    order, single = Order(103, 12, 2, ALONE, seed=1), []
+    for epoch, first in ((3, 1), (4, 0), (5, 0)):
+        order.start(epoch, first)
+        single += list(order)
+    order.start(3, 1, 6)
+    assert len(order) == len(single) == 22
+    assert list(order) == single
 
 
 def test_augmentation_depends_on_the_sample_and_epoch_alone():

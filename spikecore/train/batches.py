@@ -150,7 +150,7 @@ class _Keyed(Dataset):
 
 
 class Order(Sampler):
-    """This rank's batches of an epoch: keys for `_Keyed`.
+    """This rank's batches of epochs: keys for `_Keyed`.
 
     An update takes `effective` samples that lie together in the epoch's permutation, whatever the number of ranks is;
     what is left over at the end waits for the next epoch's permutation.
@@ -164,22 +164,26 @@ class Order(Sampler):
         self.n, self.batch, self.accumulate, self.ranks, self.seed = n, batch, accumulate, ranks, seed
         self.effective = batch * accumulate * ranks.world
         self.updates = n // self.effective
-        self.epoch, self.first = 0, 0
+        self.start(0)
 
-    def start(self, epoch: int, update: int = 0) -> None:
-        """The next iteration is over this epoch, from this update on."""
-        self.epoch, self.first = epoch, update
+    def start(self, epoch: int, update: int = 0, end: int | None = None) -> None:
+        """The next iteration is over this epoch, from this update on, and those after it before epoch `end`: in one, so
+        that workers fetch an epoch's first batches while the one before is tested."""
+        self.epoch, self.first, self.end = epoch, update, epoch + 1 if end is None else end
 
     def __iter__(self) -> Iterator[list[tuple[int, int, bool]]]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        order, epoch = torch.randperm(self.n, generator=generator), self.epoch
-        for update in range(self.first, self.updates):
-            for part in range(self.accumulate):
-                at = update * self.effective + (part * self.ranks.world + self.ranks.rank) * self.batch
-                yield [(i, epoch, True) for i in order[at : at + self.batch].tolist()]
+        first = self.first
+        for epoch in range(self.epoch, self.end):
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+            order = torch.randperm(self.n, generator=generator)
+            for update in range(first, self.updates):
+                for part in range(self.accumulate):
+                    at = update * self.effective + (part * self.ranks.world + self.ranks.rank) * self.batch
+                    yield [(i, epoch, True) for i in order[at : at + self.batch].tolist()]
+            first = 0
 
     def __len__(self) -> int:
-        return (self.updates - self.first) * self.accumulate
+        return ((self.end - self.epoch) * self.updates - self.first) * self.accumulate
 
 
 class _Shard(Sampler):

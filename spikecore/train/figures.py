@@ -40,13 +40,15 @@ def draw_curves(rows: Sequence[dict[str, float]]) -> bytes:
         spikes.spines["right"].set_visible(True)
         _line(spikes, rows, "firing_rate", GREY, "firing rate", 100)
         spikes.set_ylabel("Neurons that fire in a step (%)", color=GREY)
+        spikes.tick_params(axis="y", colors=GREY)
         _line(rate, rows, "lr", BLUE, "learning rate")
         rate.set_title("Learning rate", loc="left", fontweight="bold")
         for axes in (loss, accuracy):
-            axes.legend(handlelength=1.4)
+            axes.legend(handlelength=1.4, loc="upper right" if axes is loss else "lower right")
         for axes in (loss, accuracy, energy, rate, spikes):
-            axes.set_ylim(bottom=0)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+            top = max((max(line.get_ydata()) for line in axes.lines), default=0.0)
+            axes.set(ylim=(0, 1.06 * top or 1), xlim=(rows[0]["epoch"] - 0.3, rows[-1]["epoch"] + 0.3))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
             axes.set_xlabel("Epoch")
         return _png(figure)
 
@@ -68,7 +70,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> bytes:
         for spine in axes.spines.values():
             spine.set_visible(True)
         if K <= NAMED:
-            axes.set_xticks(range(K), classes, rotation=90)
+            axes.set_xticks(range(K), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
             axes.set_yticks(range(K), classes)
         if K <= 12:
             for i in range(K):

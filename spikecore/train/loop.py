@@ -112,10 +112,12 @@ class _Run:
             ) as bar,
             _stop_signals(alone=ranks.world == 1) as asked,
         ):  # fmt: skip
+            self.order.start(progress.epoch, progress.update, self.total)
+            flow = iter(batches)
             while progress.epoch < self.total:
                 started = time.perf_counter()
                 first = progress.update
-                self.epoch(batches, bar, asked)
+                self.epoch(flow, bar, asked)
                 seconds = time.perf_counter() - started
                 row = self.row(seconds, self.order.updates - first)
                 progress.epoch, progress.update, progress.loss, progress.correct, progress.seen = (
@@ -129,19 +131,17 @@ class _Run:
                 self.report(board)
                 self.save()
 
-    def epoch(self, batches: DataLoader, bar: tqdm, asked: list[int]) -> None:
+    def epoch(self, flow: Iterator[tuple[Tensor, ...]], bar: tqdm, asked: list[int]) -> None:
         """The epoch's updates from `progress.update` on."""
         recipe, parts, progress, order = self.recipe, self.parts, self.progress, self.order
-        order.start(progress.epoch, progress.update)
         parts.net.train()
         parts.scheduler.step(progress.epoch)
         if parts.mixup is not None:
             parts.mixup.mixup_enabled = not 0 < recipe.mixup_off_epoch <= progress.epoch
-        micro = iter(batches)
         while progress.update < order.updates:
             step = progress.epoch * order.updates + progress.update
             parts.scheduler.step_update(step)
-            loss = self.step(step, itertools.islice(micro, order.accumulate))
+            loss = self.step(step, itertools.islice(flow, order.accumulate))
             progress.update += 1
             bar.update()
             bar.set_postfix_str(f"epoch {progress.epoch + 1} of {self.total}, loss {loss:.3f}", refresh=False)
