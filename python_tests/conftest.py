@@ -11,6 +11,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--golden", metavar="DIR", type=pathlib.Path, help="also check the parity cases in DIR (write --golden=DIR)"
     )
+    parser.addoption(
+        "--real-data",
+        metavar="DIR",
+        type=pathlib.Path,
+        help="train the short recipes on parts of nmnist-1k, fsdd and cifar10-jpeg (.zip or folders) in DIR",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
