@@ -1,4 +1,4 @@
-"""benches/run.py runs, saves, draws and compares, and prints no number for an operator that is wrong."""
+"""benches/run.py runs, saves, draws, compares, prints no number for an operator that is wrong; tables of the others."""
 
 import dataclasses
 import importlib.util
@@ -111,3 +111,31 @@ def test_wrong_reader_gets_no_number(monkeypatch, capsys):
     with pytest.raises(AssertionError):
         module.main(["--quick"])
     assert "M events/s" not in capsys.readouterr().out
+
+
+def test_real_runs_counts_the_last_epoch(tmp_path, monkeypatch, capsys):
+    yaml, _ = pytest.importorskip("yaml"), pytest.importorskip("timm")
+    monkeypatch.syspath_prepend(RUN.parent)
+    bench = importlib.import_module("real_runs")
+    recipe = {"name": "digits", "model": "ecsnn_vgg_test", "model_kwargs": {"num_classes": 10},
+              "data": {"name": "digits"}, "img_size": 8, "epochs": 2}  # fmt: skip
+
+    def run(folder, accuracies, **changes):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **changes}))
+        rows = [f"{i + 1},{accuracy}" for i, accuracy in enumerate(accuracies)]
+        (tmp_path / folder / "metrics.csv").write_text("\n".join(["epoch,test_accuracy", *rows]) + "\n")
+        return tmp_path / folder
+
+    folders = [run("a_s0", [0.9, 0.5], seed=0), run("a_s1", [0.1, 0.75], seed=1)]
+    (folders[0] / "cpu_seconds.txt").write_text("12\n")
+    groups = bench.grouped(folders)
+    assert [[run.recipe.seed for run in runs] for runs in groups.values()] == [[0, 1]]
+    row = bench.table(groups)[-1]
+    assert row == "| a | 360 of digits | 99,232 | 2 | 50.00, 75.00 % | 62.50 ± 17.68 % | not measured |"
+    bench.draw(groups, tmp_path / "docs" / "a.png")
+    assert (tmp_path / "docs" / "a.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(SystemExit, match=r"1 of 2 epochs; not finished"):
+        bench.grouped([run("b_s0", [0.5], seed=0)])
+    with pytest.raises(SystemExit, match=r"a_s2: other settings"):
+        bench.grouped([*folders, run("a_s2", [0.5, 0.5], seed=2, lr=1.0)])
