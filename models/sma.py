@@ -116,6 +116,8 @@ class SMAVGG(SpikingModel):
         hidden: widths of the two spiking linear layers.
         time_reduction, azo, channel_drop, time_drop: see `SMA`.
         dropout: after each spiking linear layer.
+        linear_gain: how many times as wide as PyTorch's the first weights of the spiking linear layers are: narrow
+            ones get so few spikes that at 1, as published, they are silent for hundreds of updates.
         in_chans, num_classes, and shapes: see `SpikingModel`.
     """
 
@@ -125,7 +127,7 @@ class SMAVGG(SpikingModel):
     def __init__(
         self, T: int = 16, *, widths: Sequence[int] = (64, 128, 256, 512, 512), hidden: Sequence[int] = (2048, 1024),
         channel_reduction: int = 4, time_reduction: float = 4, azo: bool = False, channel_drop: int = 10,
-        time_drop: int = 4, dropout: float = 0.5, in_chans: int = 2, num_classes: int = 11,
+        time_drop: int = 4, dropout: float = 0.5, linear_gain: float = 1.0, in_chans: int = 2, num_classes: int = 11,
     ) -> None:  # fmt: skip
         super().__init__(T, in_chans, num_classes)
         channels = in_chans
@@ -145,6 +147,9 @@ class SMAVGG(SpikingModel):
             nn.Linear(hidden[0], hidden[1]), LIF(), nn.Dropout(dropout),
             nn.Linear(hidden[1], num_classes) if num_classes else nn.Identity(),
         )  # fmt: skip
+        with torch.no_grad():
+            for i in (2, 5):
+                self.others[i].weight.mul_(linear_gain)
         self.num_features = hidden[1]
 
     def sequence_features(self, x: Tensor) -> Tensor:
