@@ -101,3 +101,24 @@ def test_activation_checkpointing(name: str) -> None:
 
 if __name__ == "__main__":
     rank_of_two(int(sys.argv[1]), sys.argv[2])
+
+
+def test_the_gain_of_spiking_linear_layers() -> None:
+    """The same first weights but for the gain; without it, narrow layers do not fire at first."""
+    rates: dict[float, list[float]] = {}
+    for gain in (1.0, 16.0):
+        torch.manual_seed(0)
+        model = create_model("sma_vgg8_test", dropout=0.0, linear_gain=gain)
+        fired = rates.setdefault(gain, [])
+        for index in (3, 6):
+            model.others[index].register_forward_hook(lambda m, args, out, fired=fired: fired.append(out.mean().item()))
+        torch.manual_seed(1)
+        model.train()(torch.randint(0, 4, (4, 8, 2, 34, 34)).float())
+        if gain == 1:
+            plain = model.state_dict()
+    assert rates[1.0] == [0, 0]
+    assert all(rate > 0.01 for rate in rates[16.0])
+    for name, value in model.state_dict().items():
+        if name.endswith("weight"):
+            times = 16 if name in ("others.2.weight", "others.5.weight") else 1
+            torch.testing.assert_close(value, plain[name] * times)
