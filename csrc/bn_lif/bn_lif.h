@@ -69,13 +69,13 @@ struct BnLifBwd {
 
 // Whether neighbours in memory are mostly of one channel. On the CPU such a layout is worked on channel by channel, and
 // statistics and gradients need no second way to memory; the other (channels-last) by groups of whole periods C * inner.
-static inline bool bn_maps(const BnShape& s) { return s.inner >= 32; }
+static inline bool bn_maps(const BnShape& s, bool cuda = false) { return s.inner >= (cuda ? 32 : 16); }
 
 // Sums of a channel that a part leaves: CUDA leaves one for every place of a period.
-static inline int64_t bn_places(const BnShape& s, bool cuda) { return cuda && !bn_maps(s) ? s.C * s.inner : s.C; }
+static inline int64_t bn_places(const BnShape& s, bool cuda) { return cuda && !bn_maps(s, cuda) ? s.C * s.inner : s.C; }
 
-constexpr int kBnTile = 1024;  // neurons that a CPU kernel works on at once, at most
-constexpr int kBnPart = 8192;  // neurons of a group of periods, at least
+constexpr int kBnTile = 1024;   // neurons that a CPU kernel works on at once, at most
+constexpr int kBnPart = 16384;  // neurons of a group of periods, at least
 // Channels of a unit (maps), or periods of one.
 static inline int64_t bn_unit(const BnShape& s) {
   const int64_t size = bn_maps(s) ? kBnTile / s.inner : kBnPart / (s.C * s.inner);

@@ -1,46 +1,27 @@
-// bn_lif on the CPU; compiled once per instruction set (core/dispatch.h). A tile of neurons is normalised a few time steps
-// at a time into rows in L1, which lif's own loops then read. Maps are worked on channel by channel: the second pass over a
-// channel, after its statistics or sums, finds it in L2.
+// bn_lif on the CPU; compiled once per instruction set (core/dispatch.h). Pieces of rows in L1 go through all time steps,
+// normalised in the registers that their neurons read them from. Maps are worked on channel by channel: the second pass over
+// a channel, after its statistics or sums, finds it in L2.
 #include "bn_lif/bn_lif.h"
+#include "bn_lif/loops.h"
+#include "bn_lif/moments.h"
 #include "bn_lif/norm.h"
 #include "bn_lif/units.h"
 #include "core/simd.h"
-#include "lif/rows.h"
 
 namespace spk {
 namespace SPK_ISA {
 namespace {
 
-constexpr int64_t kStreamBytes = 8 << 20;  // output sequences from this size on bypass the caches
-constexpr int kStreamTile = 128;           // neurons between two bursts of streamed stores
-constexpr int kUnroll = kLifUnroll;
-constexpr int kTileRow = kBnTile + 16;  // keeps the rows out of each other's cache sets
+constexpr int64_t kStreamBytes = 8 << 20;   // output sequences from this size on bypass the caches
+constexpr int kStreamPiece = 128;           // neurons between two bursts of streamed stores: loads go on meanwhile
+constexpr int64_t kScratchBytes = 1 << 20;  // of a unit's g, to be kept in L2 until g_x is made of it
 
-// ---- rows -----------------------------------------------------------------------------------------------------------
-
-template <class A>
-SPK_NOINLINE void normalise_row(A* __restrict__ y, const A* __restrict__ x, const A* __restrict__ mean, const A* __restrict__ scale,
-                                const A* __restrict__ bias, int n) {
-  for (int i = 0; i < n; ++i) y[i] = normalise(x[i], mean[i], scale[i], bias[i]);
-}
-template <class A>
-SPK_NOINLINE void normalise_back_row(A* g_x, const A* g, const A* x, const A* mean, const A* scale, const A* g_mean, const A* slope,
-                                     int n) {
-#pragma GCC ivdep
-  for (int i = 0; i < n; ++i) g_x[i] = normalise_backward(g[i], x[i], mean[i], scale[i], g_mean[i], slope[i]);
-}
-template <class A>
-SPK_NOINLINE void scale_row(A* __restrict__ d, const A* __restrict__ s, const A* __restrict__ scale, int n) {
-  for (int i = 0; i < n; ++i) d[i] = scale[i] * s[i];
+template <class T>
+bool streamed(const BnShape& s) {
+  return s.T * s.N * int64_t(sizeof(T)) >= kStreamBytes;
 }
 
-// ---- constants of the neurons side by side, a row of each ------------------------------------------------------------
-
-template <class A>
-struct Constants {
-  const A *mean, *scale, *bias, *decay, *gain;
-  Constants at(int64_t i) const { return {mean + i, scale + i, bias + i, decay + i, gain + i}; }
-};
+// ---- constants -------------------------------------------------------------------------------------------------------
 
 template <class A>
 A of_channel(const void* values, int64_t c, A number) {
@@ -82,29 +63,30 @@ void set_moments(const BnStats& p, int64_t c, const double* sums) {
   static_cast<A*>(p.var)[c] = A(var);
 }
 
-// Sums over all the unit's numbers; k: room for a row of constants.
-template <class T, class A>
-void sum_moments(const BnStats& p, const Unit& unit, const Sums& sums, A* k) {
-  alignas(64) A tmp[kTileRow];
-  unit.stretches([&](int64_t at, int n, int64_t c) { fill_row(k + at, centre_of<T, A>(p, c), n); });
-  for (int64_t i = 0; i < unit.tiles; ++i) {
-    const Tile tile = unit[i];
-    for (int64_t t = 0; t < p.shape.T; ++t)
-      sums.moments_of(tile, state_row(tmp, static_cast<const T*>(p.x) + t * p.x_step + tile.first, tile.n), k);
+// done(channel, [2] sums) for each channel of a unit; k: room for a row of constants. False: out of memory.
+template <class T, class A, class Done>
+bool unit_moments(const BnStats& p, const Unit& unit, A* k, const Done& done) {
+  const T* const x = static_cast<const T*>(p.x);
+  if (unit.maps) {
+    for (int64_t c = 0; c < unit.count; ++c) k[c] = centre_of<T, A>(p, unit.first + c);
+    return map_moments<T, A>(unit, x, p.x_step, p.shape.T, k, done);
   }
+  const Sums sums(unit, 2);
+  if (!sums.places.data) return false;
+  unit.stretches([&](int64_t at, int n, int64_t c) { fill_row(k + at, centre_of<T, A>(p, c), n); });
+  period_moments<T, A>(unit, x, p.x_step, p.shape.T, k, sums);
+  sums.finish(done);
+  return true;
 }
 
 template <class T, class A>
 int stats(const BnStats& p, int64_t begin, int64_t end) {
+  const Memory<A> k(Unit(p.shape, 0).row());
   for (int64_t u = begin; u < end; ++u) {
-    const Unit unit(p.shape, u);
-    const Sums sums(unit, 2);
-    const Memory<A> k(unit.row());
-    if (!sums.places.data || !k.data) return kOutOfMemory;
-    sum_moments<T>(p, unit, sums, k.data);
-    sums.finish([&](int64_t c, const double* total) {
-      for (int kind = 0; kind < 2; ++kind) p.sums[(kind * p.parts + u) * p.shape.C + c] = total[kind];
-    });
+    const bool done = k.data && unit_moments<T, A>(p, Unit(p.shape, u), k.data, [&](int64_t c, const double* total) {
+                        for (int kind = 0; kind < 2; ++kind) p.sums[(kind * p.parts + u) * p.shape.C + c] = total[kind];
+                      });
+    if (!done) return kOutOfMemory;
   }
   return kOk;
 }
@@ -126,22 +108,21 @@ int stats_finish(const BnStats& p, int64_t begin, int64_t end) {
   return kOk;
 }
 
+constexpr int kPieceRow = kPiece + 16;  // keeps the rows out of each other's cache sets
+
 // ---- forward and backward --------------------------------------------------------------------------------------------
 
-// The currents of a few time steps, row by row.
+// Where the walk over a piece's time steps reads, converting where x is not of the state type.
 template <class T, class A, class Params>
-struct Currents {
+struct Inputs {
   const Params& p;
-  alignas(64) A x_tmp[kUnroll][kTileRow], y_tmp[kUnroll][kTileRow], r_tmp[kTileRow];
-  const A *x[kUnroll], *y[kUnroll];
+  alignas(64) A x_tmp[kUnroll][kPieceRow], r_tmp[kUnroll][kPieceRow];
 
-  explicit Currents(const Params& p) : p(p) {}
-  void read(int64_t t, int steps, int64_t first, int n, const Constants<A>& k) {
+  explicit Inputs(const Params& p) : p(p) {}
+  void read(int64_t t, int steps, int64_t first, int n, Rows<A>& rows) {
     for (int r = 0; r < steps; ++r) {
-      x[r] = state_row(x_tmp[r], static_cast<const T*>(p.x) + (t + r) * p.x_step + first, n);
-      y[r] = y_tmp[r];
-      normalise_row(y_tmp[r], x[r], k.mean, k.scale, k.bias, n);
-      if (p.residual) add_row(y_tmp[r], state_row(r_tmp, static_cast<const T*>(p.residual) + (t + r) * p.r_step + first, n), n);
+      rows.x[r] = state_row(x_tmp[r], static_cast<const T*>(p.x) + (t + r) * p.x_step + first, n);
+      if (p.residual) rows.residual[r] = state_row(r_tmp[r], static_cast<const T*>(p.residual) + (t + r) * p.r_step + first, n);
     }
   }
 };
@@ -157,50 +138,54 @@ void start_row(A* v, const void* v_init, int64_t first, A rest, int n) {
 template <class T, class A>
 int forward(const BnLifFwd& p, int64_t begin, int64_t end) {
   const BnShape& s = p.shape;
-  const bool stream = s.T * s.N * int64_t(sizeof(T)) >= kStreamBytes;
-  const LifRows<A> loops = lif_rows(p.neuron, true, 0, A(0));
+  const bool stream = streamed<T>(s), residual = p.residual;
+  Steps<A>* const four = p.y ? steps_of<true, true, false, kUnroll, A>(p.neuron, residual)
+                             : steps_of<true, false, false, kUnroll, A>(p.neuron, residual);
+  Steps<A>* const one =
+      p.y ? steps_of<true, true, false, 1, A>(p.neuron, residual) : steps_of<true, false, false, 1, A>(p.neuron, residual);
   const Neuron<A> c = constants<A>(p.neuron);
-  Currents<T, A, BnLifFwd> currents(p);
-  alignas(64) A v[kTileRow], h[kTileRow], s_tmp[kUnroll][kTileRow];
-  const Memory<A> rows(5 * Unit(s, 0).row());
-  if (!rows.data) return kOutOfMemory;
+  const bool down = !stream && direction<T>(p.x, p.x_step, p.s, s.N) > 0;
+  Inputs<T, A, BnLifFwd> inputs(p);
+  alignas(64) A v[kPieceRow], rest[kPieceRow], s_tmp[kUnroll][kPieceRow], y_tmp[kUnroll][kPieceRow];
+  fill_row(rest, c.rest, kPiece);
+  const Memory<A> memory(5 * Unit(s, 0).row());
+  if (!memory.data) return kOutOfMemory;
   Constants<A> table;
-  for (int64_t u = begin; u < end; ++u) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t u = bn_maps(s) ? i : end - 1 - (i - begin);  // of periods, what statistics saw last may still be near
     const Unit unit(s, u);
     if (p.take_stats) {
       BnStats of{s, p.x_step, p.x, p.norm.mean, p.norm.var, nullptr, 0, false};
       if (p.x_step == 0) of.shape.T = 1;
       for (int pass = 0; pass < (sizeof(A) == 8 ? 2 : 1); ++pass) {
         of.again = pass > 0;
-        const Sums sums(unit, 2);
-        if (!sums.places.data) return kOutOfMemory;
-        sum_moments<T>(of, unit, sums, rows.data);
-        sums.finish([&](int64_t c, const double* total) { set_moments<T, A>(of, c, total); });
+        const auto set = [&](int64_t channel, const double* total) { set_moments<T, A>(of, channel, total); };
+        if (!unit_moments<T, A>(of, unit, memory.data, set)) return kOutOfMemory;
       }
     }
-    if (unit.maps || u == begin) table = write_constants(unit, p.norm, p.neuron, rows.data);
-    for (int64_t i = unit.tiles - 1; i >= 0; --i) {  // what statistics saw last may still be near
-      const Tile tile = unit[i];
-      const int most = stream ? kStreamTile : kBnTile;
-      for (int j = 0; j < tile.n; j += most) {
-        const int n = tile.n - j < most ? tile.n - j : most;
-        const int64_t first = tile.first + j;
-        const Constants<A> k = table.at(tile.at + j);
-        start_row(v, p.v_init, first, c.rest, n);
-        for (int64_t t = 0; t < s.T;) {
-          const int steps = s.T - t >= kUnroll ? kUnroll : 1;
-          currents.read(t, steps, first, n, k);
-          T* const out = static_cast<T*>(p.s) + t * s.N + first;
-          A *fired[kUnroll], *potential = h;
-          for (int r = 0; r < steps; ++r) {
-            fired[r] = target_row(s_tmp[r], out + r * s.N, stream);
-            if (p.y) store_row(static_cast<T*>(p.y) + (t + r) * s.N + first, currents.y_tmp[r], n);
+    if (unit.maps || i == begin) table = write_constants(unit, p.norm, p.neuron, memory.data);
+    for (int64_t j = 0; j < unit.tiles; ++j) {
+      unit.pieces(unit[unit.backwards(j)], stream ? kStreamPiece : kPiece, [&](int64_t first, int64_t at, int n) {
+        const Constants<A> k = table.at(at);
+        const A* from = rest;
+        if (p.v_init) load_row(v, static_cast<const A*>(p.v_init) + first, n), from = v;
+        Rows<A> rows;
+        for (int64_t t = 0; t < s.T; from = v) {
+          const int count = s.T - t >= kUnroll ? kUnroll : 1;
+          inputs.read(t, count, first, n, rows);
+          T *const s_out = static_cast<T*>(p.s) + t * s.N + first, *const y_out = static_cast<T*>(p.y) + t * s.N + first;
+          for (int r = 0; r < count; ++r) {
+            rows.s[r] = target_row(s_tmp[r], s_out + r * s.N, stream);
+            if (p.y) rows.y[r] = target_row(y_tmp[r], y_out + r * s.N, stream);
           }
-          (steps == 1 ? loops.spikes_h : loops.spikes)(currents.y, v, v, fired, &potential, k.decay, k.gain, c, n, false);
-          for (int r = 0; r < steps; ++r) commit_row(out + r * s.N, fired[r], stream, n);
-          t += steps;
+          (count == 1 ? one : four)(rows, from, v, k, c, n, down);
+          for (int r = 0; r < count; ++r) {
+            commit_row(s_out + r * s.N, rows.s[r], stream, n);
+            if (p.y) commit_row(y_out + r * s.N, rows.y[r], stream, n);
+          }
+          t += count;
         }
-      }
+      });
     }
   }
   if (stream) stream_fence();
@@ -215,13 +200,13 @@ void set_results(const BnLifBwd& p, int64_t c, const double* sums) {
   if (p.g_gain) static_cast<A*>(p.g_gain)[c] = A(sums[kBnGain]);
 }
 
-// g_x of a unit from g and the sums.
+// g_x of a unit from g and the sums. scratch: g tile by tile, [tiles, T, kBnTile], or null: it lies in p.g.
 template <class T, class A>
-void back_to_x(const BnLifBwd& p, const Unit& unit, A* rows, bool written) {
+void back_to_x(const BnLifBwd& p, const Unit& unit, A* memory, bool written, const A* scratch) {
   const BnShape& s = p.shape;
-  const bool stream = s.T * s.N * int64_t(sizeof(T)) >= kStreamBytes;
+  const bool stream = streamed<T>(s) && (scratch || p.g != p.g_x);  // else the lines are in the caches already
   const int64_t row = unit.row();
-  alignas(64) A x_tmp[kTileRow], g_tmp[kTileRow], out_tmp[kTileRow];
+  alignas(64) A x_tmp[kPieceRow], g_tmp[kPieceRow], out_tmp[kPieceRow];
   if (!written) {
     const double count = count_of(s);
     unit.stretches([&](int64_t at, int n, int64_t c) {
@@ -229,19 +214,23 @@ void back_to_x(const BnLifBwd& p, const Unit& unit, A* rows, bool written) {
       const A values[] = {static_cast<const A*>(p.norm.mean)[c], scale_of<A>(p.norm, c),
                           A(double(static_cast<const A*>(p.g_bias)[c]) / count),
                           A(double(static_cast<const A*>(p.g_weight)[c]) * double(inverse) / count)};
-      for (int k = 0; k < 4; ++k) fill_row(rows + k * row + at, values[k], n);
+      for (int k = 0; k < 4; ++k) fill_row(memory + k * row + at, values[k], n);
     });
   }
-  for (int64_t i = unit.tiles - 1; i >= 0; --i) {
-    const Tile tile = unit[i];
-    const A* const k = rows + tile.at;
-    for (int64_t t = s.T - 1; t >= 0; --t) {
-      const A* x = state_row(x_tmp, static_cast<const T*>(p.x) + t * p.x_step + tile.first, tile.n);
-      const A* g = state_row(g_tmp, static_cast<const T*>(p.g) + t * s.N + tile.first, tile.n);
-      T* const out = static_cast<T*>(p.g_x) + t * s.N + tile.first;
-      A* const g_x = target_row(out_tmp, out, stream);
-      normalise_back_row(g_x, g, x, k, k + row, k + 2 * row, k + 3 * row, tile.n);
-      commit_row(out, g_x, stream, tile.n);
+  for (int64_t t = s.T - 1; t >= 0; --t) {
+    for (int64_t j = 0; j < unit.tiles; ++j) {
+      const int64_t i = unit.backwards(j);
+      const Tile tile = unit[i];
+      unit.pieces(tile, kPiece, [&](int64_t first, int64_t at, int n) {
+        const A* const k = memory + at;
+        const A* const x = state_row(x_tmp, static_cast<const T*>(p.x) + t * p.x_step + first, n);
+        const A* const g = scratch ? scratch + (i * s.T + t) * kBnTile + (first - tile.first)
+                                   : state_row(g_tmp, static_cast<const T*>(p.g) + t * s.N + first, n);
+        T* const out = static_cast<T*>(p.g_x) + t * s.N + first;
+        A* const g_x = target_row(out_tmp, out, stream);
+        normalise_back_row(g_x, g, x, k, k + row, k + 2 * row, k + 3 * row, n);
+        commit_row(out, g_x, stream, n);
+      });
     }
   }
 }
@@ -249,83 +238,104 @@ void back_to_x(const BnLifBwd& p, const Unit& unit, A* rows, bool written) {
 template <class T, class A>
 int backward(const BnLifBwd& p, int64_t begin, int64_t end) {
   const BnShape& s = p.shape;
-  const LifRows<A> loops = lif_rows(p.neuron, p.detach, p.surrogate, A(0));
-  const LifBack<A>& back = loops.back;
+  const bool stream = streamed<T>(s), residual = p.residual, more = residual || p.g_y;
+  const bool by_step = p.g_decay || p.g_gain || sizeof(A) == 8;  // these need a row of every step
   const Neuron<A> c = constants<A>(p.neuron);
-  const bool learnt = p.g_decay || p.g_gain;  // these need a row of every step
-  Currents<T, A, BnLifBwd> currents(p);
-  alignas(64) A zero[kTileRow], v[kTileRow], g_v[kTileRow], tmp[kTileRow], g_h[kTileRow];
-  alignas(64) A h[kUnroll][kTileRow], gs_tmp[kUnroll][kTileRow], g[kUnroll][kTileRow];
+  LifStepBack<A>* const step_back = lif_step_back(p.neuron, p.detach, p.surrogate, A(0));
+  StepsBack<float>* const four_back = steps_back_of<float>(p.neuron, p.detach, more, p.surrogate);
+  Steps<A>* const one = steps_of<false, true, true, 1, A>(p.neuron, residual);
+  Steps<A>* const advance = steps_of<false, false, false, kUnroll, A>(p.neuron, residual);
+  Inputs<T, A, BnLifBwd> inputs(p);
+  alignas(64) A zero[kPieceRow], v[kPieceRow], g_v[kPieceRow], tmp[kPieceRow], g_h[kPieceRow];
+  alignas(64) A h[kUnroll][kPieceRow], y[kUnroll][kPieceRow], gs_tmp[kUnroll][kPieceRow], gy_tmp[kUnroll][kPieceRow],
+      g_tmp[kUnroll][kPieceRow];
   const int64_t blocks = (s.T + kUnroll - 1) / kUnroll;
-  const Memory<A> rows(5 * Unit(s, 0).row()), starts(blocks * kTileRow);
-  if (!rows.data || !starts.data) return kOutOfMemory;
-  fill_row(zero, A(0), kTileRow);
+  // g of a unit of maps that is wanted for g_x alone
+  const Unit longest(s, 0);
+  const int64_t scratch_size = longest.tiles * s.T * kBnTile;
+  const bool keep =
+      sizeof(T) == sizeof(A) && longest.maps && p.batch && p.g == p.g_x && scratch_size * int64_t(sizeof(A)) <= kScratchBytes;
+  const Memory<A> memory(5 * longest.row()), starts(blocks * kPieceRow), scratch(keep ? scratch_size : 0);
+  if (!memory.data || !starts.data || !scratch.data) return kOutOfMemory;
+  fill_row(zero, A(0), kPieceRow);
   Constants<A> table;
+  Rows<A> rows;
+  BackRows<A> back;
+  for (int r = 0; r < kUnroll; ++r) rows.residual[r] = back.g_y[r] = back.g_s[r] = zero;
+  back.g_v = g_v;
 
   for (int64_t u = begin; u < end; ++u) {
     const Unit unit(s, u);
-    const Sums sums(unit, learnt ? kBnSums + 1 : 2);
+    const Sums sums(unit, p.g_decay || p.g_gain ? kBnSums + 1 : 2);
     if (!sums.places.data) return kOutOfMemory;
-    if (unit.maps || u == begin) table = write_constants(unit, p.norm, p.neuron, rows.data);
+    if (unit.maps || u == begin) table = write_constants(unit, p.norm, p.neuron, memory.data);
     for (int64_t i = 0; i < unit.tiles; ++i) {
       const Tile tile = unit[i];
-      const int n = tile.n;
-      const Constants<A> k = table.at(tile.at);
-      const auto start = [&](int64_t b) { return starts.data + b * kTileRow; };
-      start_row(start(0), p.v_init, tile.first, c.rest, n);
-      for (int64_t b = 0; b + 1 < blocks; ++b) {
-        currents.read(b * kUnroll, kUnroll, tile.first, n, k);
-        loops.advance(currents.y, start(b), start(b + 1), nullptr, nullptr, k.decay, k.gain, c, n, false);
-      }
-      fill_row(g_v, A(0), n);
-      for (int64_t b = blocks - 1; b >= 0; --b) {
-        const int64_t t0 = b * kUnroll;
-        const int steps = int(s.T - t0 < kUnroll ? s.T - t0 : kUnroll);
-        currents.read(t0, steps, tile.first, n, k);
-        const auto in = [&](const void* data, int r) { return static_cast<const T*>(data) + (t0 + r) * s.N + tile.first; };
-        const A* g_s[kUnroll];
-        A* to[kUnroll];
-        for (int r = 0; r < steps; ++r) {
-          g_s[r] = p.g_s ? state_row(gs_tmp[r], in(p.g_s, r), n) : zero;
-          to[r] = g[r];
+      unit.pieces(tile, stream && p.g && !keep ? kStreamPiece : kPiece, [&](int64_t first, int64_t at, int n) {
+        const Constants<A> k = table.at(at);
+        const auto start = [&](int64_t b) { return starts.data + b * kPieceRow; };
+        start_row(start(0), p.v_init, first, c.rest, n);
+        for (int64_t b = 0; b + 1 < blocks; ++b) {
+          inputs.read(b * kUnroll, kUnroll, first, n, rows);
+          advance(rows, start(b), start(b + 1), k, c, n, false);
         }
-        if (learnt || steps < kUnroll) {
-          load_row(v, start(b), n);
-          for (int r = 0; r < steps; ++r) {
-            A* potential = h[r];
-            loops.advance_h(currents.y + r, v, v, nullptr, &potential, k.decay, k.gain, c, n, false);
+        fill_row(g_v, A(0), n);
+        for (int64_t b = blocks - 1; b >= 0; --b) {
+          const int64_t t0 = b * kUnroll;
+          const int count = int(s.T - t0 < kUnroll ? s.T - t0 : kUnroll);
+          const auto in = [&](const void* data, int r) { return static_cast<const T*>(data) + (t0 + r) * s.N + first; };
+          const auto out = [&](void* data, int r) { return static_cast<T*>(data) + (t0 + r) * s.N + first; };
+          inputs.read(t0, count, first, n, rows);
+          for (int r = 0; r < count; ++r) {
+            if (p.g_s) back.g_s[r] = state_row(gs_tmp[r], in(p.g_s, r), n);
+            if (p.g_y) back.g_y[r] = state_row(gy_tmp[r], in(p.g_y, r), n);
+            back.g[r] = keep  ? scratch.data + (i * s.T + t0 + r) * kBnTile + (first - tile.first)
+                        : p.g ? target_row(g_tmp[r], out(p.g, r), stream)
+                              : g_tmp[r];
           }
-          for (int r = steps - 1; r >= 0; --r) {
-            back.step(h[r], g_s[r], zero, g_v, g_h, g[r], k.decay, k.gain, c, A(p.a), A(p.b), n);
-            if (!learnt) continue;
-            if (r > 0) reset_row(v, h[r - 1], p.neuron.hard, c, n);  // v[t-1]
-            fill_row(tmp, c.rest, n);
-            // Of the sum and the product only the product is wanted; the place behind the others takes the sum.
-            sums.products_of(tile, kBnSums, kBnDecay, g_h, r > 0 ? static_cast<const A*>(v) : start(b), tmp);
-            sums.products_of(tile, kBnSums, kBnGain, g_h, currents.y[r], zero);
+          back.start = start(b);
+          back.sum = sums.of(kBnG) + at;
+          back.product = sums.of(kBnGX) + at;
+          if constexpr (sizeof(A) == 4) {
+            if (!by_step && count == kUnroll) four_back(rows, back, k, c, A(p.a), A(p.b), n, false);
           }
-        } else {
-          back.steps(currents.y, start(b), g_s, g_v, to, k.decay, k.gain, c, A(p.a), A(p.b), n, false);
+          if (by_step || count < kUnroll) {
+            load_row(v, start(b), n);
+            const Rows<A> all = rows;
+            for (int r = 0; r < count; ++r) {
+              Rows<A> row;
+              row.x[0] = all.x[r], row.residual[0] = all.residual[r], row.y[0] = y[r], row.h = h[r];
+              one(row, v, v, k, c, n, false);
+            }
+            for (int r = count - 1; r >= 0; --r) {
+              step_back(h[r], back.g_s[r], zero, g_v, g_h, back.g[r], k.decay, k.gain, c, A(p.a), A(p.b), n);
+              if (p.g_y) add_row(back.g[r], back.g_y[r], n);
+              add_products(back.sum, back.product, back.g[r], rows.x[r], k.mean, n);
+              if (!p.g_decay && !p.g_gain) continue;
+              if (r > 0) reset_row(v, h[r - 1], p.neuron.hard, c, n);  // v[t-1]
+              fill_row(tmp, c.rest, n);
+              // Of the sum and the product only the product is wanted; the place behind the others takes the sum.
+              add_products(sums.of(kBnSums) + at, sums.of(kBnDecay) + at, g_h, r > 0 ? static_cast<const A*>(v) : start(b), tmp, n);
+              add_products(sums.of(kBnSums) + at, sums.of(kBnGain) + at, g_h, static_cast<const A*>(y[r]), zero, n);
+            }
+          }
+          for (int r = 0; r < count; ++r) {
+            if (p.g && !keep) commit_row(out(p.g, r), back.g[r], stream, n);
+            if (p.batch) continue;
+            scale_row(tmp, back.g[r], k.scale, n);
+            store_row(out(p.g_x, r), tmp, n);
+          }
         }
-        for (int r = 0; r < steps; ++r) {
-          if (p.g_y) add_row(g[r], state_row(tmp, in(p.g_y, r), n), n);
-          sums.products_of(tile, kBnG, kBnGX, g[r], currents.x[r], k.mean);
-          const int64_t at = (t0 + r) * s.N + tile.first;
-          if (p.g) store_row(static_cast<T*>(p.g) + at, g[r], n);
-          if (p.batch) continue;
-          scale_row(tmp, g[r], k.scale, n);
-          store_row(static_cast<T*>(p.g_x) + at, tmp, n);
-        }
-      }
-      if (p.g_v_init) store_row(static_cast<A*>(p.g_v_init) + tile.first, g_v, n);
+        if (p.g_v_init) store_row(static_cast<A*>(p.g_v_init) + first, g_v, n);
+      });
     }
     sums.finish([&](int64_t ch, const double* total) {
       if (unit.maps) return set_results<A>(p, ch, total);
       for (int kind = 0; kind < sums.kinds && kind < kBnSums; ++kind) p.sums[(kind * p.parts + u) * s.C + ch] = total[kind];
     });
-    if (unit.maps && p.batch) back_to_x<T>(p, unit, rows.data, false);
+    if (unit.maps && p.batch) back_to_x<T>(p, unit, memory.data, false, keep ? scratch.data : nullptr);
   }
-  if (s.T * s.N * int64_t(sizeof(T)) >= kStreamBytes) stream_fence();
+  if (stream) stream_fence();
   return kOk;
 }
 
@@ -341,9 +351,10 @@ int backward_finish(const BnLifBwd& p, int64_t begin, int64_t end) {
 
 template <class T, class A>
 int backward_x(const BnLifBwd& p, int64_t begin, int64_t end) {
-  const Memory<A> rows(4 * Unit(p.shape, 0).row());
-  if (!rows.data) return kOutOfMemory;
-  for (int64_t u = end - 1; u >= begin; --u) back_to_x<T>(p, Unit(p.shape, u), rows.data, u != end - 1);
+  const Memory<A> memory(4 * Unit(p.shape, 0).row());
+  if (!memory.data) return kOutOfMemory;
+  for (int64_t u = end - 1; u >= begin; --u)
+    back_to_x<T>(p, Unit(p.shape, u), memory.data, u != end - 1, static_cast<const A*>(nullptr));
   stream_fence();
   return kOk;
 }

@@ -21,7 +21,7 @@ struct Grid {
   int width;
   bool maps;
 
-  Grid(const BnShape& s, int V) : outer(s.N / (s.C * s.inner)), period(s.C * s.inner), maps(bn_maps(s)) {
+  Grid(const BnShape& s, int V) : outer(s.N / (s.C * s.inner)), period(s.C * s.inner), maps(bn_maps(s, true)) {
     places = bn_places(s, true);
     const int64_t vectors = (maps ? s.inner : period) / V, most = maps ? kBlock : 32;
     for (width = 1; width < vectors && width < most;) width *= 2;
@@ -390,7 +390,7 @@ __global__ void __launch_bounds__(kBlock, 8) bn_lif_bwd_x_kernel(const BnLifBwd 
 
 // Vectors of V must not cross rows of a block, nor rows of memory.
 bool vectors(const BnShape& s, int V, int64_t x_step, int64_t r_step) {
-  return (bn_maps(s) ? s.inner : s.C * s.inner) % V == 0 && x_step % V == 0 && r_step % V == 0;
+  return (bn_maps(s, true) ? s.inner : s.C * s.inner) % V == 0 && x_step % V == 0 && r_step % V == 0;
 }
 
 template <class T, int V>

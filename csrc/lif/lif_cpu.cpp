@@ -19,9 +19,7 @@ constexpr int kTile = 1024;                // neurons of a chunk whose rows lie 
 constexpr int kStreamTile = 32;            // neurons between two bursts of streamed stores: loads go on meanwhile
 constexpr int kBackStreamTile = 128;       // the same in backward, whose loop is longer
 constexpr int kUnroll = kLifUnroll;
-constexpr int kSegment = 16;        // time steps whose potentials backward holds at once
-constexpr int kLine = 64;           // bytes
-constexpr int kFetch = 16 * kLine;  // how far ahead of its work a row loop fetches its rows, in bytes
+constexpr int kSegment = 16;  // time steps whose potentials backward holds at once
 
 // Lengths of a row of working space: a little over a tile or chunk, to keep the rows out of each other's cache sets.
 constexpr int kTileRow = kTile + 16;
@@ -41,22 +39,6 @@ void expand(A* out, const void* per_channel, double number, const LifNeuron& p, 
   }
 }
 
-// The processor takes a read for one of a pending write whose address has the same lowest 12 bits, and waits for it. So
-// rows of which the written one is so a few lines ahead of the one read are walked down, from their ends to their starts,
-// and those where it is a few behind up. Tensors allocated one after another often are a line apart. 1: down, -1: up.
-inline int direction(const void* read, const void* written) {
-  const int lines = int((reinterpret_cast<uintptr_t>(written) - reinterpret_cast<uintptr_t>(read)) / kLine % 64);
-  return lines >= 1 && lines <= 8 ? 1 : lines >= 56 ? -1 : 0;
-}
-// That of kUnroll rows of each: positive where more pairs ask for down.
-template <class T>
-int direction(const void* read, int64_t read_step, const void* written, int64_t write_step) {
-  int sum = 0;
-  for (int r = 0; read && r < kUnroll; ++r)
-    for (int w = 0; w < kUnroll; ++w)
-      sum += direction(static_cast<const T*>(read) + r * read_step, static_cast<const T*>(written) + w * write_step);
-  return sum;
-}
 // Whether a row v, read and written beside rows of x and s that are walked so, is out of their way.
 template <class T>
 bool clear(const void* v, const LifFwd& p, bool down) {
@@ -66,24 +48,6 @@ bool clear(const void* v, const LifFwd& p, bool down) {
         direction(v, static_cast<const T*>(p.s) + r * p.N) == wrong)
       return false;
   return true;
-}
-
-// body(i) for the n neurons of a row, a line at a time: ahead(i) before the line from i on.
-template <class A, class Body, class Ahead>
-inline __attribute__((always_inline)) void by_lines(int n, bool down, const Body& body, const Ahead& ahead) {
-  constexpr int kStep = kLine / int(sizeof(A));
-  const int lines = n / kStep;
-  const int64_t step = down ? -kStep : kStep;
-  int64_t first = down ? (lines - 1) * kStep : 0;
-  for (int left = lines; left > 0; --left, first += step) {
-    ahead(first);
-#pragma GCC ivdep
-    for (int i = 0; i < kStep; ++i) body(first + i);
-  }
-  for (int i = lines * kStep; i < n; ++i) {
-    __asm__ volatile("");  // a vectorised copy of so short a loop would only be code
-    body(i);
-  }
 }
 
 // R time steps of a row at once: the potentials pass through registers from `from` to `to` (which may be the same row).
@@ -190,6 +154,14 @@ void add_product(A* __restrict__ d, const A* __restrict__ x, const A* __restrict
   for (int i = 0; i < n; ++i) d[i] += x[i] * (y[i] - minus);
 }
 
+// Back through kUnroll steps, and through one from its row of h.
+template <class A>
+struct LifBack {
+  void (*steps)(const A* const* x, const A* start, const A* const* g_s, A* g_v, A* const* g_x, const A* decay, const A* gain,
+                Neuron<A> c, A a, A b, int n, bool down);
+  LifStepBack<A>* step;
+};
+
 template <bool HARD, bool AT_ZERO, bool DETACH, class A>
 LifBack<A> back_of(int kind) {
 #define SPK_BACK(K)                                                                              \
@@ -217,17 +189,15 @@ LifBack<A> back_of(bool hard, bool at_zero, bool detach, int kind) {
   return at_zero ? back_of<true, true, A>(detach, kind) : back_of<true, false, A>(detach, kind);
 }
 
+template <class A>
+using LifForth = void(const A* const* x, const A* from, A* to, A* const* s, A* const* h, const A* decay, const A* gain, Neuron<A> c,
+                      int n, bool down);
+
 template <bool S, bool H, int R, class A>
 LifForth<A>* forth_of(const LifNeuron& p) {
   if (!p.hard) return steps<false, true, false, S, H, R, A>;  // soft reset rests at 0
   if (p.rest != 0) return steps<true, false, false, S, H, R, A>;
   return p.C == 1 ? steps<true, true, true, S, H, R, A> : steps<true, true, false, S, H, R, A>;
-}
-
-template <class A>
-LifRows<A> rows_of(const LifNeuron& p, bool detach, int kind) {
-  return {forth_of<true, false, kUnroll, A>(p), forth_of<false, false, kUnroll, A>(p), forth_of<true, true, 1, A>(p),
-          forth_of<false, true, 1, A>(p), back_of<A>(p.hard, p.rest == 0, detach, kind)};
 }
 
 // What a chunk of neurons carries through time, and how it advances.
@@ -482,8 +452,12 @@ int reduce(const LifReduce& p, int64_t begin, int64_t end) {
 
 }  // namespace
 
-LifRows<float> lif_rows(const LifNeuron& p, bool detach, int surrogate, float) { return rows_of<float>(p, detach, surrogate); }
-LifRows<double> lif_rows(const LifNeuron& p, bool detach, int surrogate, double) { return rows_of<double>(p, detach, surrogate); }
+LifStepBack<float>* lif_step_back(const LifNeuron& p, bool detach, int surrogate, float) {
+  return back_of<float>(p.hard, p.rest == 0, detach, surrogate).step;
+}
+LifStepBack<double>* lif_step_back(const LifNeuron& p, bool detach, int surrogate, double) {
+  return back_of<double>(p.hard, p.rest == 0, detach, surrogate).step;
+}
 
 int lif_fwd(const LifFwd& p, int64_t begin, int64_t end) {
   switch (p.dtype) {

@@ -1,4 +1,4 @@
-// lif's loops over rows of neurons, as other operators' CPU kernels call them: compiled once, in lif_cpu.cpp.
+// What lif and other operators whose CPU kernels walk over rows of neurons share.
 #pragma once
 #include <math.h>
 
@@ -11,33 +11,17 @@ namespace SPK_ISA {
 // Row loops are shared by all element types and variants of the walk around them; inlined, they compile for minutes.
 #define SPK_NOINLINE __attribute__((noinline))
 
-constexpr int kLifUnroll = 4;  // time steps that a row loop carries through registers
+constexpr int kLifUnroll = 4;       // time steps that a row loop carries through registers
+constexpr int kLine = 64;           // bytes
+constexpr int kFetch = 16 * kLine;  // how far ahead of its work a row loop fetches its rows, in bytes
 
-// Time steps of n neurons with currents x, one row a step: the potentials pass from `from` to `to` (which may be the same
-// row), spikes to the rows s and potentials before the reset to h, where the loop writes them. With one decay and gain for
-// all (C = 1) the first of their rows counts. down: from the rows' ends to their starts (see `direction` in lif_cpu.cpp).
+// One step back from a row of h. g_v comes in as the gradient of v[t] and goes out as that of v[t-1]; g is left holding
+// that of h[t].
 template <class A>
-using LifForth = void(const A* const* x, const A* from, A* to, A* const* s, A* const* h, const A* decay, const A* gain, Neuron<A> c,
-                      int n, bool down);
-
-template <class A>
-struct LifBack {
-  // kLifUnroll steps from the potentials `start`; g_v: gradient of the last v, on return that of `start`.
-  void (*steps)(const A* const* x, const A* start, const A* const* g_s, A* g_v, A* const* g_x, const A* decay, const A* gain,
-                Neuron<A> c, A a, A b, int n, bool down);
-  // One step from its row of h; g is left holding the gradient of h.
-  void (*step)(const A* h, const A* g_s, const A* g_h, A* g_v, A* g, A* g_x, const A* decay, const A* gain, Neuron<A> c, A a, A b,
-               int n);
-};
-
-template <class A>
-struct LifRows {
-  LifForth<A>*spikes, *advance;      // kLifUnroll steps, with and without spikes
-  LifForth<A>*spikes_h, *advance_h;  // one step; both write h
-  LifBack<A> back;
-};
-LifRows<float> lif_rows(const LifNeuron& p, bool detach, int surrogate, float);
-LifRows<double> lif_rows(const LifNeuron& p, bool detach, int surrogate, double);
+using LifStepBack = void(const A* h, const A* g_s, const A* g_h, A* g_v, A* g, A* g_x, const A* decay, const A* gain, Neuron<A> c,
+                         A a, A b, int n);
+LifStepBack<float>* lif_step_back(const LifNeuron& p, bool detach, int surrogate, float);
+LifStepBack<double>* lif_step_back(const LifNeuron& p, bool detach, int surrogate, double);
 
 namespace {
 
@@ -63,6 +47,40 @@ void reset_row(A* __restrict__ v, const A* __restrict__ h, bool hard, const Neur
     for (int i = 0; i < n; ++i) v[i] = reset(h[i], true, c);
   else
     for (int i = 0; i < n; ++i) v[i] = reset(h[i], false, c);
+}
+
+// The processor takes a read for one of a pending write whose address has the same lowest 12 bits, and waits for it. So
+// rows of which the written one is so a few lines ahead of the one read are walked down, from their ends to their starts,
+// and those where it is a few behind up. Tensors allocated one after another often are a line apart. 1: down, -1: up.
+inline int direction(const void* read, const void* written) {
+  const int lines = int((reinterpret_cast<uintptr_t>(written) - reinterpret_cast<uintptr_t>(read)) / kLine % 64);
+  return lines >= 1 && lines <= 8 ? 1 : lines >= 56 ? -1 : 0;
+}
+// That of kLifUnroll rows of each: positive where more pairs ask for down.
+template <class T>
+int direction(const void* read, int64_t read_step, const void* written, int64_t write_step) {
+  int sum = 0;
+  for (int r = 0; read && r < kLifUnroll; ++r)
+    for (int w = 0; w < kLifUnroll; ++w)
+      sum += direction(static_cast<const T*>(read) + r * read_step, static_cast<const T*>(written) + w * write_step);
+  return sum;
+}
+// body(i) for the n neurons of a row, a line at a time: ahead(i) before the line from i on.
+template <class A, class Body, class Ahead>
+inline __attribute__((always_inline)) void by_lines(int n, bool down, const Body& body, const Ahead& ahead) {
+  constexpr int kStep = kLine / int(sizeof(A));
+  const int lines = n / kStep;
+  const int64_t step = down ? -kStep : kStep;
+  int64_t first = down ? (lines - 1) * kStep : 0;
+  for (int left = lines; left > 0; --left, first += step) {
+    ahead(first);
+#pragma GCC ivdep
+    for (int i = 0; i < kStep; ++i) body(first + i);
+  }
+  for (int i = lines * kStep; i < n; ++i) {
+    __asm__ volatile("");  // a vectorised copy of so short a loop would only be code
+    body(i);
+  }
 }
 
 }  // namespace
