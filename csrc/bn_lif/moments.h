@@ -1,5 +1,6 @@
 // Sums over a unit's numbers for mean and variance. Blocks of numbers are summed in the state type about a centre of their
-// own, which lies among them, and then in double about the channel's k: one pass, as exact as if all were double.
+// own, which lies among them, and then in double about the channel's k: in one pass, and with little to cancel wherever the
+// mean lies and whatever outliers there are.
 #pragma once
 #include "bn_lif/units.h"
 #include "core/lanes.h"

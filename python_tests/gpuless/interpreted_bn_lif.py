@@ -35,6 +35,18 @@ DEFECTS = {
     "sums beyond the neurons": (
         "tl.store(p_sum_g + i, sum_g, mask=mask)", "tl.store(p_sum_g + i, sum_g)", "out of bounds store|race: program",
     ),
+    "programs overlap": (
+        "tl.program_id(0).to(tl.int64) * BN +", "tl.program_id(0).to(tl.int64) * (BN // 2) +",
+        "race: program .* where another program",
+    ),
+    "the start of another segment": (
+        "tl.load(p_starts + (k - 1) * N + i, mask=mask, other=0.0)",
+        "tl.load(p_starts + k * N + i, mask=mask, other=0.0)",
+        "out of bounds load: .* nearest 'p_starts'",
+    ),
+    "squares about another centre": (
+        "b_squares += d * d", "b_squares += (d + k) * (d + k)", "differ in s|: running_var",
+    ),
     "the residual left out": ("    if RESIDUAL:\n", "    if False:\n", "differ in s"),
 }  # fmt: skip
 
@@ -42,7 +54,8 @@ DEFECTS = {
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_planted_defect_is_found(tmp_path, defect):
     old, new, message = DEFECTS[defect]
-    sample = CASE.sample("T=17" if defect != "the residual left out" else "training, residual")
+    names = {"programs overlap": "many channels", "the residual left out": "training, residual"}
+    sample = CASE.sample(names.get(defect, "T=17"))
     with pytest.raises(Exception, match=message):
         assert_equal_but_for_sums(through("bn_lif", planted(module, tmp_path, (old, new))), sample)
     assert_equal_but_for_sums(BN_LIF, sample)

@@ -128,7 +128,7 @@ DEFECTS = {
         "of 3456 differ in y",
     ),
     "neighbours in other warps": (
-        ("+ threadIdx.x) * V, N = p.shape.N", "+ threadIdx.x % 4 * 32 + threadIdx.x / 4) * V, N = p.shape.N"),
+        ("+ threadIdx.x) * V, N = p.shape.N", "+ threadIdx.x % 32 * 4 + threadIdx.x / 32) * V, N = p.shape.N"),
         run_forward,
         "uncoalesced",
     ),

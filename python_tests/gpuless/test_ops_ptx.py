@@ -8,6 +8,7 @@ import pytest
 import torch
 from backends import assert_same, results
 from gpuless import lif_on_shim, on_ptx, ops_on_shim, ptxvm
+from gpuless.bn_lif_backends import assert_equal_but_for_sums
 from gpuless.selective_scan_backends import assert_near
 from gpuless.shim import CSRC
 from test_ops import check_gradients
@@ -42,16 +43,27 @@ def scan_2d(H: int, W: int, dtype: torch.dtype = FLOAT) -> Sample:
     return scan2d_sample(f"{dtype} {H} x {W}", dtype, False, B=1, C=3, H=H, W=W, S=2, directions=(0, 3))
 
 
+def bn_sample(shape: tuple[int, ...], dtype: torch.dtype = FLOAT, **changes) -> Sample:
+    """In training, everything given and asked for."""
+    channels = {n: torch.linspace(0.5, 0.9, shape[2]) for n in ("weight", "bias", "running_mean", "running_var")}
+    neuron = {"decay": channels["weight"].clone(), "gain": channels["bias"].clone(), "detach_reset": False}
+    given = {"residual": values(shape, dtype, True, 1), "v_init": torch.rand(shape[1:]), "return_sum": True}
+    x = {"x": values(shape, dtype, True), **channels, "training": True}
+    return Sample(f"{dtype} {list(shape)}", x | neuron | given | changes)
+
+
 # ---- nvcc: the bits that the same source gives on the shim, in chunks and beyond, by vectors and not
 
 NVCC = {
     "qk_attention": [qk_sample("token"), qk_sample("channel", HALF), qk_sample("token", N=5)],
+    "bn_lif": [bn_sample((12, 1, 2, 32)), bn_sample((2, 3, 3, 5)), bn_sample((3, 2, 16, 1), HALF, training=False)],
     "selective_scan": [scan(132), scan(5, C=17, options="h_init last D"), scan(16, C=2, dtype=HALF)],
     "selective_scan_2d": [scan_2d(8, 17), scan_2d(3, 5), scan_2d(3, 8, HALF)],
     "spiking_self_attention": [ssa_sample(20), ssa_sample(3)],
 }
 KERNELS = {
     "qk_attention": "qk_(sum|gate|attn_bwd|operand_bwd|reduce)",
+    "bn_lif": "bn_(stats|stats_finish|constants|lif_fwd|lif_bwd|lif_bwd_finish|lif_bwd_x)",
     "selective_scan": "selective_scan_(fwd|bwd|reduce)",
     "selective_scan_2d": "selective_scan_2d_(fwd|bwd)",
     "spiking_self_attention": "ssa_(dots|fwd|bwd_neuron|bwd_product|bwd_sum)",
@@ -120,6 +132,14 @@ def test_triton_qk_attention():
         for sample in (qk_sample("token"), qk_sample("channel", HALF), qk_sample("token", N=5)):
             assert_same("qk_attention", function, sample, grid=True)
     assert set(launched) == {f"qk_{name}_kernel" for name in ("sum", "gate", "attn_bwd", "operand_bwd")}
+
+
+@pytest.mark.slow
+def test_triton_bn_lif():
+    with on_ptx.of_triton("bn_lif") as (function, launched):
+        for sample in (CASES["bn_lif"].sample("maps, every"), bn_sample((6, 1, 2, 32), HALF, training=False)):
+            assert_equal_but_for_sums(function, sample)
+    assert set(launched) == {f"bn_{name}_kernel" for name in ("stats", "lif_fwd", "lif_bwd", "lif_bwd_x")}
 
 
 @pytest.mark.slow

@@ -280,9 +280,9 @@ def bn_lif_bwd(
     per = [call.slices() if need else None for need in (True, True, need_decay, need_gain)]
     starts = x.new_empty(((call.T - 1) // SEGMENT, call.N), dtype=torch.float32)
     mean, scale = call.mean.contiguous(), call.scale
-    call.launch(
-        bn_lif_bwd_kernel, g_s, g_y, call.x, call.residual, mean, scale, call.bias, call.decay_c, call.gain_c,
-        call.v_init, g, g_x, g_v_init, *per, starts, *call.steps(), call.C, call.inner,
+    _launch(  # four neurons a thread, as of float32, in every type: with eight the sums' registers spill
+        bn_lif_bwd_kernel, scale, call.N, g_s, g_y, call.x, call.residual, mean, scale, call.bias, call.decay_c,
+        call.gain_c, call.v_init, g, g_x, g_v_init, *per, starts, *call.steps(), call.C, call.inner,
         call.threshold, call.rest, call.fire_at, call.reset_by, call.a, call.b,
         HARD=call.hard, DETACH=call.detach, KIND=call.kind, RESIDUAL=residual is not None, V_INIT=v_init is not None,
         G_S=g_s is not None, G_Y=g_y is not None, G=g is not None, BATCH=training, NEED_DECAY=need_decay,
