@@ -148,8 +148,8 @@ def plan(recipe: Recipe, step: Step, card: Card, gpus: int) -> dict[str, float]:
 def lines(name: str, rows: list[dict[str, float]]) -> list[str]:
     return [
         f"| {name.removesuffix('_imagenet')} | {r['gpus']:.0f} | {r['batch']:.0f} x {r['turns']:.0f} | "
-        f"{r['memory'] / 1e9:.1f} | {r['sent'] / 1e6:.0f} | {r['seconds'] * 1e3:.0f} ({r['exposed'] * 1e3:.0f}) | "
-        f"{r['rate']:,.0f} | {r['cores']:.1f} | {r['hours']:.0f} |"
+        f"{r['memory'] / 1e9:.1f} | {r['sent'] / 1e6:.0f} | {r['seconds'] * 1e3:.1f} ({r['exposed'] * 1e3:.1f}) | "
+        f"{r['rate']:,.0f} | {r['cores']:.1f} | {r['hours']:.1f} |"
         for r in rows
     ]
 
@@ -172,6 +172,8 @@ def main() -> None:
         recipe = load_recipe(name)
         found[name] = recipe, (s := measure(recipe))
         saved[name] = s.__dict__
+        if options.json:
+            options.json.write_text(json.dumps(saved, indent=1))
         print(
             f"| {name.removesuffix('_imagenet')} | {s.parameters / 1e6:.1f} | {s.operations / 1e9:.1f} | "
             f"{s.moved / 1e9:.2f} | {s.image / 1e6:.0f} | {s.calls:,} | {s.decoded:.0f} |", flush=True,
@@ -181,8 +183,6 @@ def main() -> None:
           "| cores a GPU | hours in all |\n|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for name, (recipe, s) in found.items():
         print("\n".join(lines(name, [plan(recipe, s, CARDS[options.card], n) for n in GPUS])))
-    if options.json:
-        options.json.write_text(json.dumps(saved, indent=1))
 
 
 if __name__ == "__main__":
