@@ -109,14 +109,14 @@ SPK_NOINLINE void steps_back(const Rows<A>& rows, const BackRows<A>& back, const
           if (MORE) gi[r] = gi[r] + to.g_y[r][i];
           g = decay * gh;
         }
-        A sum = 0, product = 0;
+        double sum = 0, product = 0;
         for (int r = 0; r < kUnroll; ++r) {
-          sum += gi[r];
-          product += gi[r] * (x[r] - mean);
+          sum += double(gi[r]);
+          product += double(gi[r] * (x[r] - mean));
           to.g[r][i] = gi[r];
         }
-        to.sum[i] += double(sum);
-        to.product[i] += double(product);
+        to.sum[i] += sum;
+        to.product[i] += product;
         to.g_v[i] = g;
       },
       [&](int64_t i) {
