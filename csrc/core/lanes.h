@@ -54,6 +54,17 @@ inline void store(A* p, V v) {
   memcpy(p, &v, sizeof(V));
 }
 
+// Past the caches, to an address that is a multiple of the vector's size.
+template <class A, class V>
+inline void stream(A* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_ps(p, v);
+#endif
+  store(p, v);
+}
+
 // N vectors that go through a formula side by side: while one waits for a result, the others use the units.
 template <class V, int N>
 struct Pack {
@@ -160,17 +171,17 @@ inline void transpose_vectors(V (&v)[N]) {
   }
 }
 
-// d(j)[i] = s(i)[j] for i, j < 16: d and s give the addresses of rows.
-template <class A, class To, class From>
+// d(j)[i] = s(i)[j] for i, j < 16: d and s give the addresses of rows. STREAM: to lines of 64 bytes past the caches.
+template <class A, bool STREAM = false, class To, class From>
 inline void transpose16(To d, From s) {
   using V = typename Vector<A>::type;
   constexpr int W = Vector<A>::W;
-  for (int i = 0; i < 16; i += W) {
-    for (int j = 0; j < 16; j += W) {
+  for (int j = 0; j < 16; j += W) {
+    for (int i = 0; i < 16; i += W) {
       V v[W];
       for (int k = 0; k < W; ++k) v[k] = load<V>(s(i + k) + j);
       transpose_vectors<W / 2>(v);
-      for (int k = 0; k < W; ++k) store(d(j + k) + i, v[k]);
+      for (int k = 0; k < W; ++k) STREAM ? stream(d(j + k) + i, v[k]) : store(d(j + k) + i, v[k]);
     }
   }
 }

@@ -1,4 +1,4 @@
-// The scan's functions on packs of vectors, for the CPU kernels of both scans: scan.h's, by formulas with fewer instructions.
+// The scan's functions on packs of vectors, for the CPU kernels of both scans; scan.h's, by formulas with fewer instructions.
 // Where r is small, exp(r) is (K + r) / (K - r) with K = r / tanh(r / 2), even in r: two terms less than a polynomial's
 // six, and vectors are divided beside other work.
 #pragma once
@@ -86,17 +86,50 @@ SPK_HD Pack<double, N> softplus(Pack<double, N> x, Pack<double, N>& slope) {
   return x;
 }
 
+// dt of n rows [n][16] from delta, in place, and its slope where SLOPE asks for that and SOFTPLUS gives it one; returns the
+// largest magnitude. It takes whole packs, three rows past n at most. ahead(l) comes before row l.
+template <bool SOFTPLUS, bool SLOPE, class A, class F>
+inline __attribute__((always_inline)) A step_sizes(A* dt, A* slope, const A* bias, int n, F ahead) {
+  using V = typename Vector<A>::type;
+  constexpr int W = Vector<A>::W;
+  A most[W] = {}, over_all = 0;
+  V seen = load<V>(most);
+  for (int i = 0; i < n * 16; i += kPack<A>) {
+    for (int l = i / 16; l < (i + kPack<A>) / 16; ++l) ahead(l);
+    Packed<A> x = Packed<A>::load(dt + i), to;
+    for (int j = 0; j * W < kPack<A>; ++j) x.v[j] = x.v[j] + load<V>(bias + j * W % 16);
+    if (SOFTPLUS) x = softplus<SLOPE>(x, to);
+    x.store(dt + i);
+    if (SLOPE && SOFTPLUS) to.store(slope + i);
+    for (int j = 0; j * W < kPack<A>; ++j) seen = largest(SOFTPLUS ? x.v[j] : magnitude(x.v[j]), seen);
+  }
+  store(most, seen);
+  for (const A x : most) over_all = largest(x, over_all);
+  return over_all;
+}
+
+// Adds n rows to total, one after the other: long sums round less in two stages, over a few terms, then in double.
+template <class A>
+__attribute__((noinline)) void add_rows(double* __restrict__ total, const A (*rows)[16], int n) {
+  for (int r = 0; r < n; ++r)
+    for (int i = 0; i < 16; ++i) total[i] += rows[r][i];
+}
+
+// What a walk does with its part of y: drop it; add it to what is there; put it there, with skip u.
+enum class Out { none, add, first };
+
 // R states (h, rates: [R][16]; Bs[r], Cs[r]: a number for each place) of 16 channels (dt, u, y: [places][16]) through the n
-// steps of a walk whose step l is at place(l), four decays at a time; with OUT they add their part of y to y's row to(l).
+// steps of a walk whose step l is at place(l), four decays at a time; y's row is to(l).
 // dt may be read, at a place(l) that is one, up to three steps past n.
-template <bool OUT, bool BOUNDED, int R, class A, class F, class G>
-inline __attribute__((always_inline)) void walk(A* h, const A* rates, const A* dt, const A* u, A* y, const A* const* Bs,
-                                                const A* const* Cs, int n, F place, G to) {
+template <Out OUT, bool BOUNDED, int R, class A, class F, class G>
+inline __attribute__((always_inline)) void walk(A* h, const A* rates, const A* dt, const A* u, A* y, const A* skip,
+                                                const A* const* Bs, const A* const* Cs, int n, F place, G to) {
   using V = typename Vector<A>::type;
   constexpr int P = 4 / R;  // steps
   for (int i = 0; i < 16; i += Vector<A>::W) {
-    V state[R], rate[R];
+    V state[R], rate[R], D{};
     for (int r = 0; r < R; ++r) state[r] = load<V>(h + r * 16 + i), rate[r] = load<V>(rates + r * 16 + i);
+    if (OUT == Out::first) D = load<V>(skip + i);
     for (int l = 0; l < n; l += P) {
       Pack<V, 4> a;
       V t[P];
@@ -107,17 +140,17 @@ inline __attribute__((always_inline)) void walk(A* h, const A* rates, const A* d
       a = decays<BOUNDED>(a);
       for (int j = 0; j < P && (P == 1 || l + j < n); ++j) {
         const int64_t p = place(l + j);
-        const V x = t[j] * load<V>(u + p * 16 + i);
+        const V in = load<V>(u + p * 16 + i), x = t[j] * in;
         V out[R];
         for (int r = 0; r < R; ++r) {
           state[r] = scan_step(state[r], a.v[j * R + r], x * Bs[r][p]);
-          if (OUT) out[r] = state[r] * Cs[r][p];
+          if (OUT != Out::none) out[r] = state[r] * Cs[r][p];
         }
-        if (OUT) {
+        if (OUT != Out::none) {
           for (int m = R / 2; m > 0; m /= 2)  // the fewer sums one after the other, the fewer roundings
             for (int r = 0; r < m; ++r) out[r] = out[r] + out[r + m];
           A* const sum = y + to(l + j) * 16 + i;
-          store(sum, load<V>(sum) + out[0]);
+          store(sum, (OUT == Out::first ? in * D : load<V>(sum)) + out[0]);
         }
       }
     }

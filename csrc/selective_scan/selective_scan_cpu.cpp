@@ -15,12 +15,20 @@ namespace {
 
 #define SPK_NOINLINE __attribute__((noinline))
 
-constexpr int kChunk = 128;  // steps of a chunk at most
+constexpr int kChunk = 64;  // steps of a chunk at most
 // Short where states make many passes over a chunk, which should stay in the innermost cache; else long, as rows lie.
 int chunk_of(const SelectiveScan& p) { return p.S < 4 ? kChunk : 32; }
-constexpr int kAhead = 32;  // steps to prefetch
+constexpr int64_t kStreamBytes = 8 << 20;  // results from this size on bypass the caches
 constexpr int kLanes = kScanLanes;
-constexpr int kStates = 4;  // states that forward carries through a chunk at once
+constexpr int kStates = 4, kStatesBack = 2;  // states carried through a chunk at once
+constexpr int kKept = 3200 / kChunk;         // chunks whose inputs backward keeps on its way through: they fit the second cache
+
+template <bool X>
+struct Constant {
+  constexpr bool operator()() const { return X; }
+};
+using Yes = Constant<true>;
+using No = Constant<false>;
 
 // ---- rows, as float or double whatever lies in memory
 
@@ -41,6 +49,16 @@ void store_any(void* p, const A* s, DType dtype, int64_t at, int n) {
   }
 }
 bool is_half(DType t) { return t == DType::bf16 || t == DType::f16; }
+
+// 16 far apart rows whose next lines are fetched while others are worked on: no hardware foresees them all. To the second
+// cache: into the first they would wait in line with what is read there.
+struct Ahead {
+  uintptr_t first = 0;       // 0: none
+  int64_t step = 0;          // bytes between rows
+  void fetch(int k) const {  // the k-th line, the rows taking turns
+    if (first) __builtin_prefetch(reinterpret_cast<const void*>(first + k % kLanes * step + k / kLanes * 64), 0, 2);
+  }
+};
 
 // ---- numbers of a chunk, [steps, 16]
 
@@ -75,28 +93,7 @@ SPK_NOINLINE void silu_slope_all(A* __restrict__ d, const A* __restrict__ x, int
   for (int i = 0; i < n; ++i) d[i] = silu_slope(x[i]);
 }
 
-// Long sums round less in two stages: over kSum states, then over these; over kSum steps, then in double.
-constexpr int kSum = 8;
-// Adds n rows to total, one after the other.
-template <class A>
-SPK_NOINLINE void add_rows(double* __restrict__ total, const A (*rows)[kLanes], int n) {
-  for (int r = 0; r < n; ++r)
-    for (int i = 0; i < kLanes; ++i) total[i] += rows[r][i];
-}
-// Adds the sums over n steps of x y to total.
-template <class A>
-void add_sums(double* total, const Columns<A>& x, const Columns<A>& y, int n) {
-  using V = typename Vector<A>::type;
-  A rows[kChunk / kSum][kLanes];
-  for (int i = 0; i < kLanes; i += Vector<A>::W) {
-    V sums{};
-    for (int l = 0; l < n; ++l) {
-      sums = sums + load<V>(&x[l][i]) * load<V>(&y[l][i]);
-      if (l % kSum == kSum - 1 || l + 1 == n) store(&rows[l / kSum][i], sums), sums = V{};
-    }
-  }
-  add_rows(total, rows, (n + kSum - 1) / kSum);
-}
+constexpr int kSum = 8;  // terms that are added up in a row, over states; their sums then, and over steps, in double
 
 // ---- a block: up to 16 channels [c, c + m) of batch b and group g
 
@@ -107,6 +104,13 @@ struct Matrix {  // S rows of a chunk
   const A* row(int64_t s) const { return data + s * step; }
 };
 
+// What the steps of a chunk follow from. slope: of dt over delta.
+template <class A>
+struct Inputs {
+  Columns<A> u, dt, slope;
+  bool bounded;  // the decays
+};
+
 template <class A>
 struct Block {
   const SelectiveScan* p;
@@ -115,9 +119,9 @@ struct Block {
   A *rate, *h, *B_tmp, *C_tmp;  // [S, 16]: decay_rate of A, and the states; [S, kChunk]
   Matrix<A> Bs, Cs;
   alignas(64) A bias[kLanes], skip[kLanes], rows[kLanes][kChunk];
-  Columns<A> u, delta, dt, du, y, z, slope, tmp;  // slope: of dt over delta
+  Columns<A> y, z, tmp;
+  Inputs<A>* in;
   A largest_rate;
-  bool bounded;  // the decays of this chunk
 
   void at(int64_t b_, int64_t g_, int64_t block) {
     const int64_t channels = p->C / p->G, first = block * kLanes;
@@ -146,16 +150,19 @@ struct Block {
   // Whether rows can be read and written where they lie: whole tiles of 16 steps in the type of the kernel.
   bool in_place(int n) const { return n % 16 == 0 && m == kLanes && !is_half(p->dtype); }
 
+  // The rows of the block's channels from step l on, or with l = L of the next block's.
+  Ahead ahead(const ScanRows& rows, int64_t l) const {
+    if (!rows.data || m < kLanes) return {};
+    const int64_t size = is_half(p->dtype) ? 2 : sizeof(A), at = l < p->L ? c * rows.row + l : (c + kLanes) * rows.row;
+    return {reinterpret_cast<uintptr_t>(rows.data) + uintptr_t((b * rows.batch + at) * size), rows.row * size};
+  }
+
   SPK_NOINLINE void load_columns(Columns<A>& d, const ScanRows& from, int64_t l, int n) {
     const int64_t at = b * from.batch + c * from.row + l;
     if (in_place(n)) {
       const A* const first = static_cast<const A*>(from.data) + at;
       const int64_t step = from.row;
-      for (int j = 0; j < n; j += 16) {
-        for (int i = 0; i < kLanes; ++i)  // 16 far apart rows: no hardware foresees them all
-          __builtin_prefetch(first + i * step + (j + kAhead));
-        transpose16<A>([&](int k) { return d[j + k]; }, [&](int i) { return first + i * step + j; });
-      }
+      for (int j = 0; j < n; j += 16) transpose16<A>([&](int k) { return d[j + k]; }, [&](int i) { return first + i * step + j; });
       return;
     }
     for (int i = 0; i < kLanes; ++i)
@@ -169,10 +176,12 @@ struct Block {
     const int64_t at = channel() * p->L + l, step = p->L;
     if (in_place(n)) {
       A* const first = static_cast<A*>(to) + at;
-      for (int j = 0; j < n; j += 16) {
-        for (int i = 0; i < kLanes; ++i) __builtin_prefetch(first + i * step + (j + kAhead), 1);
-        transpose16<A>([&](int i) { return first + i * step + j; }, [&](int k) { return s[j + k]; });
-      }
+      const auto put = [&](auto stream) {
+        for (int j = 0; j < n; j += 16)
+          transpose16<A, stream()>([&](int i) { return first + i * step + j; }, [&](int k) { return s[j + k]; });
+      };
+      const bool lines = reinterpret_cast<uintptr_t>(first) % 64 == 0 && step * sizeof(A) % 64 == 0;
+      lines && p->B * p->C * step * int64_t(sizeof(A)) >= kStreamBytes ? put(Yes{}) : put(No{});
       return;
     }
     for (int j = 0; j < n; j += 16) transpose16<A>([&](int i) { return rows[i] + j; }, [&](int k) { return s[j + k]; });
@@ -193,58 +202,50 @@ struct Block {
       largest_rate = abs_(rate[i]) > largest_rate ? abs_(rate[i]) : largest_rate;
     }
   }
-  // dt, whether decays are bounded (NaN makes NaN either way), and what backward needs beside.
-  template <bool SOFTPLUS, bool BACK>
-  SPK_NOINLINE void steps(int n) {
-    using P = Packed<A>;
-    constexpr int W = Vector<A>::W;
-    A most[W] = {}, over_all = 0;
-    auto seen = load<typename Vector<A>::type>(most);
-    for (int i = 0; i < n * kLanes; i += kPack<A>) {
-      P x = P::load(delta[0] + i), to;
-      for (int j = 0; j * W < kPack<A>; ++j) x.v[j] = x.v[j] + load<typename Vector<A>::type>(bias + j * W % kLanes);
-      if (SOFTPLUS) x = softplus<BACK>(x, to);
-      x.store(dt[0] + i);
-      if (BACK) (x * P::load(u[0] + i)).store(du[0] + i);
-      if (BACK && SOFTPLUS) to.store(slope[0] + i);
-      for (int j = 0; j * W < kPack<A>; ++j) seen = largest(SOFTPLUS ? x.v[j] : magnitude(x.v[j]), seen);
-    }
-    store(most, seen);
-    for (const A x : most) over_all = x > over_all ? x : over_all;
-    bounded = over_all * largest_rate < kBound;
+  // dt from delta, in place, its slope, and whether decays are bounded (NaN makes NaN either way).
+  template <bool SOFTPLUS, bool SLOPE>
+  SPK_NOINLINE void steps(int n, Ahead u, Ahead delta) {
+    const auto ahead = [&](int l) { u.fetch(l), delta.fetch(l); };
+    in->bounded = step_sizes<SOFTPLUS, SLOPE>(in->dt[0], in->slope[0], bias, n, ahead) * largest_rate < kBound;
   }
 
-  // What the n steps from l on follow from.
-  template <bool BACK>
-  void load_chunk(int64_t l, int n) {
-    load_columns(u, p->u, l, n);
-    load_columns(delta, p->delta, l, n);
+  // What the n steps from l on follow from, while rows of u and delta to come are fetched.
+  template <bool SLOPE>
+  void load_chunk(int64_t l, int n, Ahead next_u, Ahead next_delta) {
+    load_columns(in->u, p->u, l, n);
+    load_columns(in->dt, p->delta, l, n);
     if (p->softplus)
-      steps<true, BACK>(n);
+      steps<true, SLOPE>(n, next_u, next_delta);
     else
-      steps<false, BACK>(n);
+      steps<false, SLOPE>(n, next_u, next_delta);
+  }
+  void load_matrices(int64_t l, int n) {
     Bs = load_matrix(B_tmp, p->Bs, l, n);
     Cs = load_matrix(C_tmp, p->Cs, l, n);
   }
 };
 
-template <bool OUT, bool BOUNDED, int R, class A>
+template <Out OUT, bool BOUNDED, int R, class A>
 SPK_NOINLINE void walk_chunk(Block<A>& k, int64_t s, int n) {
   const A *Bs[R], *Cs[R];
   for (int r = 0; r < R; ++r) Bs[r] = k.Bs.row(s + r), Cs[r] = k.Cs.row(s + r);
   A *const h = k.h + s * kLanes, *const rates = k.rate + s * kLanes;
   const auto step = [](int l) { return l; };
-  walk<OUT, BOUNDED, R>(h, rates, k.dt[0], k.u[0], k.y[0], Bs, Cs, n, step, step);
+  walk<OUT, BOUNDED, R>(h, rates, k.in->dt[0], k.in->u[0], k.y[0], k.skip, Bs, Cs, n, step, step);
 }
 template <bool OUT, bool BOUNDED, class A>
 void walk_all(Block<A>& k, int n) {
+  constexpr Out first = OUT ? Out::first : Out::none, then = OUT ? Out::add : Out::none;
   int64_t s = 0;
-  for (; s + kStates <= k.p->S; s += kStates) walk_chunk<OUT, BOUNDED, kStates>(k, s, n);
-  for (; s < k.p->S; ++s) walk_chunk<OUT, BOUNDED, 1>(k, s, n);
+  for (; s + kStates <= k.p->S; s += kStates)
+    s ? walk_chunk<then, BOUNDED, kStates>(k, s, n) : walk_chunk<first, BOUNDED, kStates>(k, s, n);
+  for (; s < k.p->S; ++s) s ? walk_chunk<then, BOUNDED, 1>(k, s, n) : walk_chunk<first, BOUNDED, 1>(k, s, n);
+  if (OUT && s == 0) each(k.y, n, product, k.in->u, k.skip);
 }
+// The states through a chunk, with OUT to y.
 template <bool OUT, class A>
 void walk_all(Block<A>& k, int n) {
-  k.bounded ? walk_all<OUT, true>(k, n) : walk_all<OUT, false>(k, n);
+  k.in->bounded ? walk_all<OUT, true>(k, n) : walk_all<OUT, false>(k, n);
 }
 
 size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -269,6 +270,7 @@ A* allocate(W*& w, const SelectiveScan& p, size_t more) {
 template <class A>
 struct Forward {
   Block<A> block;
+  Inputs<A> inputs;
 };
 
 template <class A>
@@ -277,6 +279,7 @@ int forward(const SelectiveScanFwd& q, int64_t begin, int64_t end) {
   Forward<A>* w;
   if (!allocate<A>(w, p, 0)) return kOutOfMemory;
   Block<A>& k = w->block;
+  k.in = &w->inputs;
   const int64_t blocks = scan_blocks(p), chunk = chunk_of(p);
   for (int64_t item = begin; item < end; ++item) {
     k.at(item / blocks / p.G, item / blocks % p.G, item % blocks);
@@ -284,8 +287,8 @@ int forward(const SelectiveScanFwd& q, int64_t begin, int64_t end) {
     k.load_states(k.h, p.h_init, k.channel());
     for (int64_t l = 0; l < p.L; l += chunk) {
       const int n = int(p.L - l < chunk ? p.L - l : chunk);
-      k.template load_chunk<false>(l, n);
-      each(k.y, n, product, k.u, k.skip);
+      k.template load_chunk<false>(l, n, k.ahead(p.u, l + n), k.ahead(p.delta, l + n));
+      k.load_matrices(l, n);
       walk_all<true>(k, n);
       if (p.z.data) {
         k.load_columns(k.z, p.z, l, n);
@@ -296,6 +299,7 @@ int forward(const SelectiveScanFwd& q, int64_t begin, int64_t end) {
     }
     k.store_states(static_cast<A*>(q.h_last), k.h);
   }
+  stream_fence();
   free(w);
   return kOk;
 }
@@ -308,57 +312,116 @@ struct Backward {
   A *A_, *carry, *starts;  // [S, 16]: A, and the gradient that reaches the states from later on; [chunks, S, 16]
   double* g_A;             // [S, 16]
   double g_D[kLanes], g_bias[kLanes];
-  Columns<A> g, g_y, g_du, g_dt, part_du, part_dt, one, a, to_B, to_C;  // g: of the gated y; g_dt: what comes through the decays
-  A h[kChunk + 1][kLanes];
+  Columns<A> g, gated, g_du, g_dt, part_du, part_dt;  // g: of the gated y; g_dt: what comes through the decays
+  Columns<A>* g_y;
+  Columns<A> a[kStatesBack], h[kStatesBack];  // h[l + 1] is after step l
   A sums[kChunk];
+  Inputs<A> inputs[kKept];
 };
 
-// One state through the n steps of a chunk and back. With OUT y is computed again.
-template <bool OUT, bool BOUNDED, class A>
-SPK_NOINLINE void back(Backward<A>& w, int64_t s, int n) {
+// R states through the n steps of a chunk and back, leaving each step's parts in g_B in a, in g_C in h[l + 1]. With OUT y
+// is computed again. first: of those that part_du and part_dt add up.
+template <bool OUT, bool BOUNDED, int R, class A>
+SPK_NOINLINE void back(Backward<A>& w, int64_t s, int n, bool first, const Ahead* reads) {
   using V = typename Vector<A>::type;
-  constexpr int P = 4;  // steps whose decays are computed at once
+  constexpr int P = 4 / R;  // steps whose decays are computed at once
   Block<A>& k = w.block;
-  A rows[kChunk / kSum][kLanes];  // of g_A, from the last on
+  const Inputs<A>& in = *k.in;
+  A rows[R][kChunk / kSum][kLanes];  // of g_A, from the last on
   const int last = (n - 1) / kSum;
-  const A *Bs = k.Bs.row(s), *Cs = k.Cs.row(s);
+  const A *Bs[R], *Cs[R];
+  for (int r = 0; r < R; ++r) Bs[r] = k.Bs.row(s + r), Cs[r] = k.Cs.row(s + r);
   for (int i = 0; i < kLanes; i += Vector<A>::W) {
-    const int64_t at = s * kLanes + i;
-    const V rate = load<V>(k.rate + at), A_ = load<V>(w.A_ + at);
-    V h = load<V>(k.h + at), g_h = load<V>(w.carry + at), g_A{};
-    store(&w.h[0][i], h);
-    for (int l = 0; l < n; l += P) {
-      Pack<V, P> a;
-      for (int j = 0; j < P; ++j) a.v[j] = load<V>(&k.dt[l + j][i]) * rate;
-      a = decays<BOUNDED>(a);
-      for (int j = 0; j < P && l + j < n; ++j) {
-        h = scan_step(h, a.v[j], load<V>(&k.du[l + j][i]) * Bs[l + j]);
-        store(&w.a[l + j][i], a.v[j]);
-        store(&w.h[l + j + 1][i], h);
-        if (OUT) store(&k.y[l + j][i], load<V>(&k.y[l + j][i]) + h * Cs[l + j]);
+    V h[R];
+    {
+      V rate[R];
+      for (int r = 0; r < R; ++r) {
+        const int64_t at = (s + r) * kLanes + i;
+        h[r] = load<V>(k.h + at), rate[r] = load<V>(k.rate + at);
+        store(&w.h[r][0][i], h[r]);
+      }
+      for (int l = 0; l < n; l += P) {
+        Pack<V, 4> a;
+        V t[P];
+        for (int j = 0; j < P; ++j) {
+          t[j] = load<V>(&in.dt[l + j][i]);
+          for (int r = 0; r < R; ++r) a.v[j * R + r] = t[j] * rate[r];
+        }
+        a = decays<BOUNDED>(a);
+        for (int j = 0; j < P && l + j < n; ++j) {
+          if (i == 0 && s == 0) reads[0].fetch(l + j), reads[1].fetch(l + j);
+          const V x = t[j] * load<V>(&in.u[l + j][i]);
+          V out{};
+          for (int r = 0; r < R; ++r) {
+            h[r] = scan_step(h[r], a.v[j * R + r], x * Bs[r][l + j]);
+            store(&w.a[r][l + j][i], a.v[j * R + r]);
+            store(&w.h[r][l + j + 1][i], h[r]);
+            if (OUT) out = r ? out + h[r] * Cs[r][l + j] : h[r] * Cs[r][l + j];
+          }
+          if (OUT) store(&k.y[l + j][i], load<V>(&k.y[l + j][i]) + out);
+        }
       }
     }
-    for (int l = n - 1; l >= 0; --l) {
-      const V g_y = load<V>(&w.g_y[l][i]), before = load<V>(&w.h[l][i]);
-      const V g = g_h + g_y * Cs[l];  // of h[l]
-      store(&w.to_C[l][i], g_y * h);
-      store(&w.to_B[l][i], g * load<V>(&k.du[l][i]));
-      store(&w.part_du[l][i], load<V>(&w.part_du[l][i]) + g * Bs[l]);
-      g_h = g * load<V>(&w.a[l][i]);
-      const V g_exponent = g_h * before;
-      store(&w.part_dt[l][i], load<V>(&w.part_dt[l][i]) + g_exponent * A_);
-      g_A = g_A + g_exponent * load<V>(&k.dt[l][i]);
-      if (l % kSum == 0) store(&rows[last - l / kSum][i], g_A), g_A = V{};
-      h = before;
+    V A_[R], g_h[R], g_A[R];
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = (s + r) * kLanes + i;
+      A_[r] = load<V>(w.A_ + at), g_h[r] = load<V>(w.carry + at), g_A[r] = V{};
     }
-    store(w.carry + at, g_h);
+    for (int l = n - 1; l >= 0; --l) {
+      const V g_y = load<V>(&(*w.g_y)[l][i]), t = load<V>(&in.dt[l][i]), x = t * load<V>(&in.u[l][i]);
+      V du{}, dt{};
+      for (int r = 0; r < R; ++r) {
+        const V before = load<V>(&w.h[r][l][i]), g = g_h[r] + g_y * Cs[r][l];  // g: of h[l]
+        g_h[r] = g * load<V>(&w.a[r][l][i]);
+        const V g_exponent = g_h[r] * before;
+        store(&w.h[r][l + 1][i], g_y * h[r]);
+        store(&w.a[r][l][i], g * x);
+        du = r ? du + g * Bs[r][l] : g * Bs[r][l];
+        dt = r ? dt + g_exponent * A_[r] : g_exponent * A_[r];
+        g_A[r] = g_A[r] + g_exponent * t;
+        h[r] = before;
+      }
+      store(&w.part_du[l][i], first ? du : load<V>(&w.part_du[l][i]) + du);
+      store(&w.part_dt[l][i], first ? dt : load<V>(&w.part_dt[l][i]) + dt);
+      if (l % kSum == 0)
+        for (int r = 0; r < R; ++r) store(&rows[r][last - l / kSum][i], g_A[r]), g_A[r] = V{};
+    }
+    for (int r = 0; r < R; ++r) store(w.carry + (s + r) * kLanes + i, g_h[r]);
   }
-  add_rows(w.g_A + s * kLanes, rows, last + 1);
+  for (int r = 0; r < R; ++r) add_rows(w.g_A + (s + r) * kLanes, rows[r], last + 1);
+}
+
+// The gradients of u, into du, and of delta, into dt, and what they and g_y give those of D and the bias. du and dt come in
+// as the sums over states.
+template <bool SOFTPLUS, class A>
+SPK_NOINLINE void finish(Backward<A>& w, Columns<A>& du, Columns<A>& dt, int n) {
+  using V = typename Vector<A>::type;
+  const Inputs<A>& in = *w.block.in;
+  A to_D[kChunk / kSum][kLanes], to_bias[kChunk / kSum][kLanes];
+  for (int i = 0; i < kLanes; i += Vector<A>::W) {
+    const V skip = load<V>(w.block.skip + i);
+    V g_D{}, g_bias{};
+    for (int l = 0; l < n; ++l) {
+      const V u = load<V>(&in.u[l][i]), g_y = load<V>(&(*w.g_y)[l][i]), g_du = load<V>(&du[l][i]);
+      V g_delta = load<V>(&dt[l][i]) + g_du * u;
+      if (SOFTPLUS) g_delta = g_delta * load<V>(&in.slope[l][i]);
+      store(&dt[l][i], g_delta);
+      store(&du[l][i], g_du * load<V>(&in.dt[l][i]) + g_y * skip);
+      g_D = g_D + g_y * u;
+      g_bias = g_bias + g_delta;
+      if (l % kSum == kSum - 1 || l + 1 == n) {
+        store(&to_D[l / kSum][i], g_D), store(&to_bias[l / kSum][i], g_bias);
+        g_D = g_bias = V{};
+      }
+    }
+  }
+  add_rows(w.g_D, to_D, (n + kSum - 1) / kSum);
+  add_rows(w.g_bias, to_bias, (n + kSum - 1) / kSum);
 }
 
 // The sums of `from` over its 16 channels, to a row of the part's gradient: written by its first block, then added to.
 template <class A>
-void sum_channels(A* __restrict__ d, const Columns<A>& from, A* __restrict__ sums, bool first, int n) {
+void sum_channels(A* __restrict__ d, const A (*from)[kLanes], A* __restrict__ sums, bool first, int n) {
   for (int l = 0; l < n; l += 16) sum16(sums + l, from[l]);
   for (int l = 0; l < n; ++l) d[l] = first ? sums[l] : d[l] + sums[l];
 }
@@ -375,9 +438,7 @@ int backward(const SelectiveScanBwd& q, int64_t begin, int64_t end) {
   w->A_ = reinterpret_cast<A*>(w->g_A + per_state);
   w->carry = w->A_ + per_state;
   w->starts = w->carry + per_state;
-  for (auto& row : w->one)
-    for (A& x : row) x = 1;
-
+  const int64_t dropped = chunks > kKept ? chunks - kKept : 0;  // chunks whose inputs are not kept
   for (int64_t item = begin; item < end; ++item) {
     const int64_t part = item % q.parts, group = item / q.parts;
     const int64_t first = part * blocks / q.parts, last = (part + 1) * blocks / q.parts;
@@ -392,53 +453,76 @@ int backward(const SelectiveScanBwd& q, int64_t begin, int64_t end) {
       memset(w->g_A, 0, per_state * sizeof(double));
       memset(w->g_D, 0, sizeof(w->g_D));
       memset(w->g_bias, 0, sizeof(w->g_bias));
+      const auto enter = [&](int64_t chunk) { k.in = w->inputs + (chunk < dropped ? 0 : chunk - dropped); };
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t l = chunk * length, next = l + length;
+        const int n = int(p.L - l < length ? p.L - l : length);
         memcpy(w->starts + chunk * per_state, k.h, per_state * sizeof(A));
-        if (chunk + 1 == chunks) break;
-        k.template load_chunk<false>(chunk * length, int(length));
-        walk_all<false>(k, int(length));
+        enter(chunk);
+        if (chunk + 1 == chunks) {
+          k.template load_chunk<true>(l, n, k.ahead(q.g_y, l), {});
+          break;
+        }
+        if (chunk < dropped)
+          k.template load_chunk<false>(l, n, k.ahead(p.u, next), k.ahead(p.delta, next));
+        else
+          k.template load_chunk<true>(l, n, k.ahead(p.u, next), k.ahead(p.delta, next));
+        k.load_matrices(l, n);
+        walk_all<false>(k, n);
       }
 
       for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
         const int64_t l = chunk * length;
         const int n = int(p.L - l < length ? p.L - l : length);
         memcpy(k.h, w->starts + chunk * per_state, per_state * sizeof(A));
-        k.template load_chunk<true>(l, n);
+        enter(chunk);
+        if (chunk < dropped) {
+          const int64_t next = chunk ? l - length : p.L;
+          k.template load_chunk<true>(l, n, k.ahead(p.u, next), k.ahead(p.delta, next));
+        }
+        k.load_matrices(l, n);
         if (q.g_y.data) k.load_columns(w->g, q.g_y, l, n);
+        w->g_y = &w->g;
         if (p.z.data) {
+          w->g_y = &w->gated;
           k.load_columns(k.z, p.z, l, n);
           silu_all(k.tmp[0], k.z[0], n * kLanes);
-          each(w->g_y, n, product, w->g, k.tmp);
-          each(k.y, n, product, k.u, k.skip);
-        } else {
-          memcpy(w->g_y, w->g, sizeof(w->g));
+          each(w->gated, n, product, w->g, k.tmp);
+          each(k.y, n, product, k.in->u, k.skip);
         }
-        memset(w->g_du, 0, sizeof(w->g_du));
-        memset(w->g_dt, 0, sizeof(w->g_dt));
-        for (int64_t s = 0; s < p.S; ++s) {
-          if (s % kSum == 0) {
-            memset(w->part_du, 0, sizeof(w->part_du));
-            memset(w->part_dt, 0, sizeof(w->part_dt));
-          }
+        // What is loaded next: g_y again, or the next block.
+        const Ahead reads[] = {chunk ? k.ahead(q.g_y, l - length) : k.ahead(p.u, p.L), chunk ? Ahead{} : k.ahead(p.delta, p.L)};
+        if (p.S == 0) {
+          memset(w->part_du, 0, sizeof(w->part_du));
+          memset(w->part_dt, 0, sizeof(w->part_dt));
+        }
+        for (int64_t s = 0, count; s < p.S; s += count) {
+          count = p.S - s < kStatesBack ? 1 : kStatesBack;
+          const auto run = [&](auto f1, auto f2) { (count == 1 ? f1 : f2)(*w, s, n, s % kSum == 0, reads); };
           if (p.z.data)
-            k.bounded ? back<true, true>(*w, s, n) : back<true, false>(*w, s, n);
+            k.in->bounded ? run(back<true, true, 1, A>, back<true, true, kStatesBack, A>)
+                          : run(back<true, false, 1, A>, back<true, false, kStatesBack, A>);
           else
-            k.bounded ? back<false, true>(*w, s, n) : back<false, false>(*w, s, n);
-          sum_channels(g_Bs + s * p.L + l, w->to_B, w->sums, block == first, n);
-          sum_channels(g_Cs + s * p.L + l, w->to_C, w->sums, block == first, n);
-          if (s % kSum == kSum - 1 || s + 1 == p.S) {
-            each(w->g_du, n, sum, w->g_du, w->part_du);
-            each(w->g_dt, n, sum, w->g_dt, w->part_dt);
+            k.in->bounded ? run(back<false, true, 1, A>, back<false, true, kStatesBack, A>)
+                          : run(back<false, false, 1, A>, back<false, false, kStatesBack, A>);
+          for (int r = 0; r < count; ++r) {
+            sum_channels(g_Bs + (s + r) * p.L + l, w->a[r], w->sums, block == first, n);
+            sum_channels(g_Cs + (s + r) * p.L + l, w->h[r] + 1, w->sums, block == first, n);
+          }
+          if (p.S > kSum && ((s + count) % kSum == 0 || s + count == p.S)) {
+            if (s < kSum) {
+              memcpy(w->g_du, w->part_du, sizeof(A) * kLanes * n);
+              memcpy(w->g_dt, w->part_dt, sizeof(A) * kLanes * n);
+            } else {
+              each(w->g_du, n, sum, w->g_du, w->part_du);
+              each(w->g_dt, n, sum, w->g_dt, w->part_dt);
+            }
           }
         }
-        each(w->g_dt, n, [](auto g_dt, auto g_du, auto u) { return g_dt + g_du * u; }, w->g_dt, w->g_du, k.u);
-        if (p.softplus) each(w->g_dt, n, product, w->g_dt, k.slope);
-        const auto to_u = [](auto g_du, auto dt, auto g_y, auto skip) { return g_du * dt + g_y * skip; };
-        each(w->g_du, n, to_u, w->g_du, k.dt, w->g_y, k.skip);
-        add_sums(w->g_D, w->g_y, k.u, n);
-        add_sums(w->g_bias, w->g_dt, w->one, n);
-        k.store_columns(q.g_u, w->g_du, l, n);
-        k.store_columns(q.g_delta, w->g_dt, l, n);
+        Columns<A>&du = p.S > kSum ? w->g_du : w->part_du, &dt = p.S > kSum ? w->g_dt : w->part_dt;
+        p.softplus ? finish<true>(*w, du, dt, n) : finish<false>(*w, du, dt, n);
+        k.store_columns(q.g_u, du, l, n);
+        k.store_columns(q.g_delta, dt, l, n);
         if (p.z.data) {
           silu_slope_all(k.tmp[0], k.z[0], n * kLanes);
           each(k.y, n, [](auto y, auto slope, auto g) { return y * slope * g; }, k.y, k.tmp, w->g);
@@ -453,6 +537,7 @@ int backward(const SelectiveScanBwd& q, int64_t begin, int64_t end) {
       }
     }
   }
+  stream_fence();
   free(w);
   return kOk;
 }

@@ -21,8 +21,18 @@ constexpr int kChunk = 64;                  // steps of such a walk, before the 
 constexpr int kSum = 8;                     // terms that are added up in a row, over states; their sums then
 constexpr int kFold = 4;                    // places whose parts in g_A are added up in float, before double
 constexpr int kTile = 128;                  // places laid out at once
+constexpr int kAhead = 64;                  // places to fetch ahead
+constexpr int kPast = 3;                    // rows that whole packs may take past the last
 constexpr int kHeldStates = 256;            // states per channel that backward recomputes at once: 16 KB, and as much of decays
 constexpr int kGroup = kCpuGroup / kLanes;  // blocks of 16 channels in a group
+
+constexpr int64_t kStreamBytes = 8 << 20;  // results from this size on bypass the caches
+template <bool X>
+struct Constant {
+  constexpr bool operator()() const { return X; }
+};
+using Yes = Constant<true>;
+using No = Constant<false>;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -41,27 +51,37 @@ struct Arena {
   }
 };
 
-// Rows [rows, L] of a tensor (at most 16, then zeros) as [L][16]. `on_row(piece of a row, row, n)` may change it first.
+// Rows [rows, L] of a tensor (at most 16, then zeros) as [L][16]; on_tile(its rows, n) as soon as n more places are there.
 template <class T, class A, class F>
-inline __attribute__((always_inline)) void lay_out(A* dst, const T* src, int rows, int64_t L, F on_row) {
+inline __attribute__((always_inline)) void lay_out(A* dst, const T* src, int rows, int64_t L, F on_tile) {
   alignas(64) A tile[kLanes * kTile];
   if (rows < kLanes) memset(tile, 0, sizeof tile);
   for (int64_t l = 0; l < L; l += kTile) {
-    const int n = int(L - l < kTile ? L - l : kTile);
-    for (int r = 0; r < rows; ++r) {
-      load_row(tile + r * kTile, src + r * L + l, n);
-      on_row(tile + r * kTile, r, n);
+    const int n = int(L - l < kTile ? L - l : kTile), whole = n / kLanes * kLanes;
+    const auto arrange = [&](const A* from, int64_t step, bool far) {
+      for (int i = 0; i < whole; i += kLanes) {
+        // 16 far apart rows: no hardware foresees them all.
+        for (int r = 0; far && r < kLanes; ++r) __builtin_prefetch(from + r * step + i + kAhead, 0, 2);
+        transpose16<A>([&](int j) { return dst + (l + i + j) * kLanes; }, [&](int r) { return from + r * step + i; });
+      }
+      for (int i = whole; i < n; ++i)
+        for (int r = 0; r < kLanes; ++r) dst[(l + i) * kLanes + r] = from[r * step + i];
+    };
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (rows == kLanes) {
+        arrange(src + l, L, true);
+        on_tile(dst + l * kLanes, n);
+        continue;
+      }
     }
-    int i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-      transpose16<A>([&](int j) { return dst + (l + i + j) * kLanes; }, [&](int r) { return tile + r * kTile + i; });
-    for (; i < n; ++i)
-      for (int r = 0; r < kLanes; ++r) dst[(l + i) * kLanes + r] = tile[r * kTile + i];
+    for (int r = 0; r < rows; ++r) load_row(tile + r * kTile, src + r * L + l, n);
+    arrange(tile, kTile, false);
+    on_tile(dst + l * kLanes, n);
   }
 }
 template <class T, class A>
 SPK_NOINLINE void lay_out(A* dst, const T* src, int rows, int64_t L) {
-  lay_out(dst, src, rows, L, [](A*, int, int) {});
+  lay_out(dst, src, rows, L, [](A*, int) {});
 }
 
 // The sum of term(i) over i < n, by 16 partial sums whatever the width of a vector.
@@ -76,9 +96,23 @@ inline __attribute__((always_inline)) double sum_of(int64_t n, F term) {
   return sum;
 }
 
-// The reverse: [L][16] into rows [rows, L]. `on_row(tile row, channel, first place, n)` may change a row before it is stored.
-template <class T, class A, class F>
-inline __attribute__((always_inline)) void lay_back(T* dst, const A* src, int rows, int64_t L, F on_row) {
+// The reverse: [L][16] into rows [rows, L] of a tensor of so many bytes.
+template <class T, class A>
+SPK_NOINLINE void lay_back(T* dst, const A* src, int rows, int64_t L, int64_t bytes) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (rows == kLanes) {
+      const int64_t whole = L / kLanes * kLanes;
+      const auto put = [&](auto stream) {
+        for (int64_t l = 0; l < whole; l += kLanes)
+          transpose16<A, stream()>([&](int r) { return dst + r * L + l; }, [&](int j) { return src + (l + j) * kLanes; });
+      };
+      const bool lines = reinterpret_cast<uintptr_t>(dst) % 64 == 0 && L * sizeof(T) % 64 == 0;
+      lines&& bytes >= kStreamBytes ? put(Yes{}) : put(No{});
+      for (int r = 0; r < kLanes; ++r)
+        for (int64_t l = whole; l < L; ++l) dst[r * L + l] = src[l * kLanes + r];
+      return;
+    }
+  }
   alignas(64) A tile[kLanes * kTile];
   for (int64_t l = 0; l < L; l += kTile) {
     const int n = int(L - l < kTile ? L - l : kTile);
@@ -87,47 +121,30 @@ inline __attribute__((always_inline)) void lay_back(T* dst, const A* src, int ro
       transpose16<A>([&](int r) { return tile + r * kTile + i; }, [&](int j) { return src + (l + i + j) * kLanes; });
     for (; i < n; ++i)
       for (int r = 0; r < kLanes; ++r) tile[r * kTile + i] = src[(l + i) * kLanes + r];
-    for (int r = 0; r < rows; ++r) {
-      on_row(tile + r * kTile, r, l, n);
-      store_row(dst + r * L + l, tile + r * kTile, n);
-    }
+    for (int r = 0; r < rows; ++r) store_row(dst + r * L + l, tile + r * kTile, n);
   }
 }
-template <class T, class A>
-SPK_NOINLINE void lay_back(T* dst, const A* src, int rows, int64_t L) {
-  lay_back(dst, src, rows, L, [](A*, int, int64_t, int) {});
-}
 
-// Step sizes from a tile's row of delta, in place, or with SLOPE what their gradients are multiplied with; returns the
-// largest step size. It goes on past n to a whole pack.
-template <bool SLOPE, class A>
-SPK_NOINLINE A step_sizes(A* dt, A bias, bool positive, int n) {
-  static_assert(kTile % kPack<A> == 0);
-  using P = Packed<A>;
-  A most[kPack<A>] = {};
-  P seen = P::load(most);
-  for (int i = n; i % kPack<A>; ++i) dt[i] = 0;
-  const P b = P::all(bias);
-  for (int i = 0; i < n; i += kPack<A>) {
-    P x = P::load(dt + i) + b, slope = P::all(A(1));
-    if (positive) x = softplus<SLOPE>(x, slope);
-    (SLOPE ? slope : x).store(dt + i);
-    for (int j = 0; j * Vector<A>::W < kPack<A>; ++j) seen.v[j] = largest(magnitude(x.v[j]), seen.v[j]);
-  }
-  seen.store(most);
-  A over_all = 0;
-  for (const A x : most) over_all = largest(x, over_all);
-  return over_all;
-}
-
-// One row of g_delta from the gradients of the step sizes; returns its sum.
+// The gradient of delta, in place of that of the step sizes; sums it up to to_bias.
 template <class A>
-SPK_NOINLINE double step_sizes_back(A* g, A* delta, A bias, bool positive, int n) {
-  if (positive) {
-    step_sizes<true>(delta, bias, true, n);
-    for (int i = 0; i < n; ++i) g[i] = g[i] * delta[i];
+SPK_NOINLINE void step_sizes_back(A* g, const A* slope, bool positive, int64_t L, double* to_bias) {
+  using F = Lanes<A>;
+  A rows[kTile / kSum][kLanes];
+  for (int64_t l = 0; l < L; l += kTile) {
+    const int n = int(L - l < kTile ? L - l : kTile);
+    F sum{};
+    for (int i = 0; i < n; ++i) {
+      A* const at = g + (l + i) * kLanes;
+      F x = F::load(at);
+      if (positive) {
+        x = x * F::load(slope + (l + i) * kLanes);
+        x.store(at);
+      }
+      sum = sum + x;
+      if (i % kSum == kSum - 1 || i + 1 == n) sum.store(rows[i / kSum]), sum = F{};
+    }
+    add_rows(to_bias, rows, int(ceil_div(n, kSum)));
   }
-  return sum_of(n, [&](int i) { return double(g[i]); });
 }
 
 // A row of the tensor as the kernels compute with it, all of it.
@@ -162,11 +179,17 @@ struct Channels {
   A largest_rate, largest_step;
 
   bool bounded() const { return largest_rate * largest_step < kBound; }
-  // What lay_out does to rows of delta.
-  auto to_steps(bool positive) {
+  // What lay_out does to rows of delta; SLOPE: at the same places of `slope` is what gradients are multiplied with.
+  template <bool SLOPE>
+  auto to_steps(bool positive, const A* dt, A* slope) {
     largest_step = 0;
-    return [this, positive](A* row, int r, int n) {
-      largest_step = largest(step_sizes<false>(row, bias[r], positive, n), largest_step);
+    return [=, this](A* rows, int n) {
+      memset(rows + n * kLanes, 0, sizeof(A) * kPast * kLanes);  // to be laid out yet, or past the last
+      A* const slopes = SLOPE ? slope + (rows - dt) : nullptr;
+      const auto ahead = [](int) {};
+      largest_step = largest(
+          positive ? step_sizes<true, SLOPE>(rows, slopes, bias, n, ahead) : step_sizes<false, SLOPE>(rows, slopes, bias, n, ahead),
+          largest_step);
     };
   }
   void read(const SelectiveScan2d& p, int k, int64_t first, int rows) {
@@ -206,11 +229,13 @@ inline __attribute__((always_inline)) void walk_states(const A* x, const A* dt, 
   };
   for (; s + kStates <= S; s += kStates) {
     rows(kStates);
-    walk<OUT, BOUNDED, kStates>(h + s * kLanes, rate + s * kLanes, dt, x, y, Bs, Cs, n, place, to);
+    walk<OUT ? Out::add : Out::none, BOUNDED, kStates>(h + s * kLanes, rate + s * kLanes, dt, x, y, static_cast<const A*>(nullptr),
+                                                       Bs, Cs, n, place, to);
   }
   for (; s < S; ++s) {
     rows(1);
-    walk<OUT, BOUNDED, 1>(h + s * kLanes, rate + s * kLanes, dt, x, y, Bs, Cs, n, place, to);
+    walk<OUT ? Out::add : Out::none, BOUNDED, 1>(h + s * kLanes, rate + s * kLanes, dt, x, y, static_cast<const A*>(nullptr), Bs,
+                                                 Cs, n, place, to);
   }
 }
 
@@ -236,11 +261,11 @@ template <class T, class A>
 int forward(const SelectiveScan2dFwd& q, int64_t begin, int64_t end) {
   const SelectiveScan2d& p = q.scan;
   const int64_t L = p.H * p.W, map = L * kLanes, blocks = ceil_div(p.C, kLanes), converted = sizeof(T) < sizeof(A) ? p.S * L : 0;
-  char* scratch = static_cast<char*>(
-      aligned_alloc(64, 3 * Arena::bytes<A>(map) + 2 * Arena::bytes<A>(converted) + Arena::bytes<int32_t>(L + kStates)));
+  char* scratch = static_cast<char*>(aligned_alloc(
+      64, 3 * Arena::bytes<A>(map + kPast * kLanes) + 2 * Arena::bytes<A>(converted) + Arena::bytes<int32_t>(L + kStates)));
   if (!scratch) return kOutOfMemory;
   Arena arena{scratch};
-  A *x = arena.take<A>(map), *dt = arena.take<A>(map), *y = arena.take<A>(map);
+  A *x = arena.take<A>(map), *dt = arena.take<A>(map + kPast * kLanes), *y = arena.take<A>(map);
   A *into_tmp = arena.take<A>(converted), *out_tmp = arena.take<A>(converted);
   int32_t* order = arena.take<int32_t>(L + kStates);
   Channels<A> channels;
@@ -253,7 +278,8 @@ int forward(const SelectiveScan2dFwd& q, int64_t begin, int64_t end) {
     for (int k = 0; k < p.K; ++k) {
       const int64_t bk = b * p.K + k;
       channels.read(p, k, first, rows);
-      lay_out(dt, static_cast<const T*>(p.delta) + (bk * p.C + first) * L, rows, L, channels.to_steps(p.softplus));
+      lay_out(dt, static_cast<const T*>(p.delta) + (bk * p.C + first) * L, rows, L,
+              channels.template to_steps<false>(p.softplus, dt, nullptr));
       const A* into = whole(into_tmp, static_cast<const T*>(p.into) + bk * p.S * L, p.S * L);
       const A* out_of = whole(out_tmp, static_cast<const T*>(p.out_of) + bk * p.S * L, p.S * L);
       places(order, p.directions[k], p.H, p.W);
@@ -262,8 +288,9 @@ int forward(const SelectiveScan2dFwd& q, int64_t begin, int64_t end) {
       for (int64_t l = 0; l < L; l += kChunk)
         run(x, dt, into, out_of, y, order + l, L, p.S, int(L - l < kChunk ? L - l : kChunk), channels.rate, h);
     }
-    lay_back(static_cast<T*>(q.y) + (b * p.C + first) * L, y, rows, L);
+    lay_back(static_cast<T*>(q.y) + (b * p.C + first) * L, y, rows, L, p.B * p.C * L * int64_t(sizeof(T)));
   }
+  stream_fence();
   free(scratch);
   return kOk;
 }
@@ -368,13 +395,15 @@ int backward(const SelectiveScan2dBwd& q, int64_t begin, int64_t end) {
   const SelectiveScan2d& p = q.scan;
   const int64_t L = p.H * p.W, map = L * kLanes, blocks = ceil_div(p.C, kLanes), groups = ceil_div(p.C, kCpuGroup);
   const int64_t converted = sizeof(T) < sizeof(A) ? p.S * L : 0;
+  const int64_t bytes = p.B * p.C * L * sizeof(T);
   const int S = p.S, row = S * kLanes, held = most_places(S), rows16 = (held * S + 15) / 16 * 16;  // and so whole packs
   char* scratch = static_cast<char*>(aligned_alloc(
-      64, 4 * Arena::bytes<A>(map) + 2 * Arena::bytes<A>(converted) + Arena::bytes<A>(ceil_div(L, held) * row) +
+      64, 5 * Arena::bytes<A>(map + kPast * kLanes) + 2 * Arena::bytes<A>(converted) + Arena::bytes<A>(ceil_div(L, held) * row) +
               Arena::bytes<A>(row + rows16 * kLanes) + Arena::bytes<A>(rows16 * kLanes) + Arena::bytes<int32_t>(L + kStates)));
   if (!scratch) return kOutOfMemory;
   Arena arena{scratch};
-  A *x = arena.take<A>(map), *dt = arena.take<A>(map), *g_y = arena.take<A>(map), *g_x = arena.take<A>(map);
+  A *x = arena.take<A>(map), *dt = arena.take<A>(map + kPast * kLanes), *slope = arena.take<A>(map + kPast * kLanes),
+    *g_y = arena.take<A>(map), *g_x = arena.take<A>(map);
   A *into_tmp = arena.take<A>(converted), *out_tmp = arena.take<A>(converted), *starts = arena.take<A>(ceil_div(L, held) * row);
   A *h = arena.take<A>(row + rows16 * kLanes), *a = arena.take<A>(rows16 * kLanes);
   int32_t* order = arena.take<int32_t>(L + kStates);
@@ -399,7 +428,7 @@ int backward(const SelectiveScan2dBwd& q, int64_t begin, int64_t end) {
         const int64_t bk = b * p.K + k, bkc = bk * p.C + first;
         const T* delta = static_cast<const T*>(p.delta) + bkc * L;
         channels.read(p, k, first, rows);
-        lay_out(dt, delta, rows, L, channels.to_steps(p.softplus));
+        lay_out(dt, delta, rows, L, channels.template to_steps<true>(p.softplus, dt, slope));
         const A* into = whole(into_tmp, static_cast<const T*>(p.into) + bk * S * L, S * L);
         const A* out_of = whole(out_tmp, static_cast<const T*>(p.out_of) + bk * S * L, S * L);
         A* g_into = static_cast<A*>(q.g_into) + (task * p.K + k) * S * L;
@@ -417,20 +446,18 @@ int backward(const SelectiveScan2dBwd& q, int64_t begin, int64_t end) {
           add_up(g_into, a, here, L, S, n);
         }
         double g_bias[kLanes] = {};
-        alignas(64) A delta_tmp[kTile];
-        lay_back(static_cast<T*>(q.g_delta) + bkc * L, dt, rows, L, [&](A* tile, int r, int64_t l, int n) {
-          load_row(delta_tmp, delta + r * L + l, n);
-          g_bias[r] += step_sizes_back(tile, delta_tmp, channels.bias[r], p.softplus, n);
-        });
+        step_sizes_back(dt, slope, p.softplus, L, g_bias);
+        lay_back(static_cast<T*>(q.g_delta) + bkc * L, dt, rows, L, p.K * bytes);
         for (int r = 0; r < rows; ++r) {
           for (int s = 0; s < S; ++s) static_cast<A*>(q.g_A)[(bkc + r) * S + s] = A(sums.total_A[s * kLanes + r]);
           if (q.g_bias) static_cast<A*>(q.g_bias)[bkc + r] = A(g_bias[r]);
           if (q.g_D) static_cast<A*>(q.g_D)[bkc + r] = A(g_D[r]);
         }
       }
-      lay_back(static_cast<T*>(q.g_x) + at, g_x, rows, L);
+      lay_back(static_cast<T*>(q.g_x) + at, g_x, rows, L, bytes);
     }
   }
+  stream_fence();
   free(scratch);
   return kOk;
 }
