@@ -115,6 +115,20 @@ __attribute__((noinline)) void add_rows(double* __restrict__ total, const A (*ro
     for (int i = 0; i < 16; ++i) total[i] += rows[r][i];
 }
 
+// n numbers, a multiple of 16, to each of 16 rows that are `step` apart, of a result of so many bytes: one that is too large
+// to stay in a cache goes past them, for an ordinary write would first read its line.
+template <class A>
+inline void put_rows(A* to, const A (*from)[16], int64_t n, int64_t step, int64_t bytes) {
+  constexpr int64_t kStreamBytes = 8 << 20;
+  const bool lines = reinterpret_cast<uintptr_t>(to) % 64 == 0 && step * sizeof(A) % 64 == 0;
+  const auto row = [&](int64_t l) { return [=](int i) { return to + i * step + l; }; };
+  const auto column = [&](int64_t l) { return [=](int k) { return from[l + k]; }; };
+  if (lines && bytes >= kStreamBytes)
+    for (int64_t l = 0; l < n; l += 16) transpose16<A, true>(row(l), column(l));
+  else
+    for (int64_t l = 0; l < n; l += 16) transpose16<A>(row(l), column(l));
+}
+
 // What a walk does with its part of y: drop it; add it to what is there; put it there, with skip u.
 enum class Out { none, add, first };
 

@@ -18,17 +18,9 @@ namespace {
 constexpr int kChunk = 64;  // steps of a chunk at most
 // Short where states make many passes over a chunk, which should stay in the innermost cache; else long, as rows lie.
 int chunk_of(const SelectiveScan& p) { return p.S < 4 ? kChunk : 32; }
-constexpr int64_t kStreamBytes = 8 << 20;  // results from this size on bypass the caches
 constexpr int kLanes = kScanLanes;
 constexpr int kStates = 4, kStatesBack = 2;  // states carried through a chunk at once
 constexpr int kKept = 3200 / kChunk;         // chunks whose inputs backward keeps on its way through: they fit the second cache
-
-template <bool X>
-struct Constant {
-  constexpr bool operator()() const { return X; }
-};
-using Yes = Constant<true>;
-using No = Constant<false>;
 
 // ---- rows, as float or double whatever lies in memory
 
@@ -176,13 +168,7 @@ struct Block {
     const int64_t at = channel() * p->L + l, step = p->L;
     if (in_place(n)) {
       A* const first = static_cast<A*>(to) + at;
-      const auto put = [&](auto stream) {
-        for (int j = 0; j < n; j += 16)
-          transpose16<A, stream()>([&](int i) { return first + i * step + j; }, [&](int k) { return s[j + k]; });
-      };
-      const bool lines = reinterpret_cast<uintptr_t>(first) % 64 == 0 && step * sizeof(A) % 64 == 0;
-      lines && p->B * p->C * step * int64_t(sizeof(A)) >= kStreamBytes ? put(Yes{}) : put(No{});
-      return;
+      return put_rows(first, s, n, step, p->B * p->C * step * int64_t(sizeof(A)));
     }
     for (int j = 0; j < n; j += 16) transpose16<A>([&](int i) { return rows[i] + j; }, [&](int k) { return s[j + k]; });
     for (int i = 0; i < m; ++i) store_any(to, rows[i], p->dtype, at + i * step, n);

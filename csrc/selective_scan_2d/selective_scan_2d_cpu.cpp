@@ -26,14 +26,6 @@ constexpr int kPast = 3;                    // rows that whole packs may take pa
 constexpr int kHeldStates = 256;            // states per channel that backward recomputes at once: 16 KB, and as much of decays
 constexpr int kGroup = kCpuGroup / kLanes;  // blocks of 16 channels in a group
 
-constexpr int64_t kStreamBytes = 8 << 20;  // results from this size on bypass the caches
-template <bool X>
-struct Constant {
-  constexpr bool operator()() const { return X; }
-};
-using Yes = Constant<true>;
-using No = Constant<false>;
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A piece of one scratch allocation after the other, each on a cache line of its own.
@@ -102,12 +94,7 @@ SPK_NOINLINE void lay_back(T* dst, const A* src, int rows, int64_t L, int64_t by
   if constexpr (sizeof(T) == sizeof(A)) {
     if (rows == kLanes) {
       const int64_t whole = L / kLanes * kLanes;
-      const auto put = [&](auto stream) {
-        for (int64_t l = 0; l < whole; l += kLanes)
-          transpose16<A, stream()>([&](int r) { return dst + r * L + l; }, [&](int j) { return src + (l + j) * kLanes; });
-      };
-      const bool lines = reinterpret_cast<uintptr_t>(dst) % 64 == 0 && L * sizeof(T) % 64 == 0;
-      lines&& bytes >= kStreamBytes ? put(Yes{}) : put(No{});
+      put_rows(dst, reinterpret_cast<const A(*)[kLanes]>(src), whole, L, bytes);
       for (int r = 0; r < kLanes; ++r)
         for (int64_t l = whole; l < L; ++l) dst[r * L + l] = src[l * kLanes + r];
       return;
