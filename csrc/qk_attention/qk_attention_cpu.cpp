@@ -235,22 +235,33 @@ struct Walk {
     return shape.T == kSteps && neuron.c.rest == 0 && !sums && sizeof(A) == 4;
   }
   // Gradient of an operand, whose spikes have the gradient f * x, or f alone. That of a current goes on through its
-  // neurons, whose potentials h are given, but where all is done at once.
+  // neurons, whose potentials h are given.
   template <bool COLUMNS>
   void spread(const QkIn& from, const QkOut& to, const A* f, const Tile<A>* x, const A* h, const Lif<A>& neuron, double* sums,
               const QkPart& part, const Place& p) {
     if (!shape.currents) return scaled<COLUMNS>(to, f, x, part, p);
     for (int64_t t = 0; t < shape.T; ++t)
       scale<COLUMNS, false>(g_s + t * step, p.n, factors<COLUMNS>(f, part, p, t), x ? x->at(t) : nullptr, x ? x->r : 0, p);
-    Tile<A> in{};
-    if (sums || !h) in = read(from, part, p, tmp[1]);
-    const bool one = in.r == p.n;
-    for (int r = 0; !h && r < (one ? 1 : p.rows); ++r)
-      there_and_back(neuron, in.data + r * in.r, in.t, g_s + r * p.n, step, one ? p.rows * p.n : p.n);
-    if (h)
-      back(neuron, h, sg, g_s, step, p.rows * p.n, sums, [&](int64_t t) {
-        for (int r = 0; r < p.rows; ++r) add_gain(sum_gain + r * p.n, g + r * p.n, in.at(t) + r * in.r, p.n);
-      });
+    const Tile<A> in = sums ? read(from, part, p, tmp[1]) : Tile<A>{};
+    back(neuron, h, sg, g_s, step, p.rows * p.n, sums, [&](int64_t t) {
+      for (int r = 0; r < p.rows; ++r) add_gain(sum_gain + r * p.n, g + r * p.n, in.at(t) + r * in.r, p.n);
+    });
+    for (int64_t t = 0; t < shape.T; ++t) write(to, part, t, p, g_s + t * step);
+  }
+  // The same in one go from the currents, where that can be; spikes * x into `products`, unless null.
+  template <bool COLUMNS>
+  void spread_at_once(const QkIn& from, const QkOut& to, const A* f, const Tile<A>* x, A* products, const Lif<A>& neuron,
+                      const QkPart& part, const Place& p) {
+    const Tile<A> in = read(from, part, p, tmp[1]);
+    const bool one = in.r == p.n && (!x || x->r == p.n);
+    A* const all = out;  // f for every element, [T, rows, n]
+    for (int64_t t = 0; t < shape.T; ++t)
+      scale<COLUMNS, false>(all + t * step, p.n, factors<COLUMNS>(f, part, p, t), nullptr, 0, p);
+    for (int r = 0; r < (one ? 1 : p.rows); ++r) {
+      const int64_t first = r * p.n;
+      there_and_back(neuron, in.data + r * in.r, in.t, all + first, x ? x->data + r * x->r : nullptr, x ? x->t : 0, g_s + first,
+                     products ? products + first : nullptr, step, one ? p.rows * p.n : p.n);
+    }
     for (int64_t t = 0; t < shape.T; ++t) write(to, part, t, p, g_s + t * step);
   }
 };
@@ -287,7 +298,7 @@ int backward(const QkBwd& p, int64_t begin, int64_t end) {
     double sums[4] = {};
     double *const attn_sums = p.sums ? sums + kAttnDecay : nullptr, *const qkv_sums =
                                                                         p.sums && shape.currents ? sums + kQkvDecay : nullptr;
-    const bool stored = shape.currents && !walk.at_once(qkv, qkv_sums);
+    const bool at_once = shape.currents && walk.at_once(qkv, qkv_sums), stored = shape.currents && !at_once;
     A *const h = stored ? walk.potentials[0] : nullptr, *const h_w = stored ? walk.potentials[1] : nullptr;
 
     walk.template sum<COLUMNS>(p.s, p.w, qkv, part);
@@ -295,7 +306,13 @@ int backward(const QkBwd& p, int64_t begin, int64_t end) {
     walk.template repeat<COLUMNS>(walk.a, part);
     walk.template clear<COLUMNS>(walk.g_a, part);
     walk.over_tiles(part, [&](const Place& at) {
-      const Tile<A> y = walk.spikes(p.y, qkv, part, at, walk.s[0], h), g_out = walk.read(p.g_out, part, at, walk.s[1]);
+      const Tile<A> g_out = walk.read(p.g_out, part, at, walk.s[1]);
+      if (at_once) {
+        const Tile<A> products{walk.s[0], walk.step, at.n};
+        walk.template spread_at_once<COLUMNS>(p.y, p.g_y, walk.a, &g_out, walk.s[0], qkv, part, at);
+        return walk.template add<COLUMNS, false>(walk.g_a, products, products, part, at);
+      }
+      const Tile<A> y = walk.spikes(p.y, qkv, part, at, walk.s[0], h);
       walk.template spread<COLUMNS>(p.y, p.g_y, walk.a, &g_out, h, qkv, qkv_sums, part, at);
       walk.template add<COLUMNS, true>(walk.g_a, g_out, y, part, at);
     });
@@ -306,8 +323,13 @@ int backward(const QkBwd& p, int64_t begin, int64_t end) {
     walk.over_tiles(part, [&](const Place& at) {
       Tile<A> s{}, w{};
       const bool two = p.w.data != nullptr;
+      if (at_once && !two) return walk.template spread_at_once<COLUMNS>(p.s, p.g_s, walk.g_a, nullptr, nullptr, qkv, part, at);
       if (two || stored) s = walk.spikes(p.s, qkv, part, at, walk.s[0], h);
       if (two) w = walk.spikes(p.w, qkv, part, at, walk.s[1], h_w);
+      if (at_once) {
+        walk.template spread_at_once<COLUMNS>(p.s, p.g_s, walk.g_a, &w, nullptr, qkv, part, at);
+        return walk.template spread_at_once<COLUMNS>(p.w, p.g_w, walk.g_a, &s, nullptr, qkv, part, at);
+      }
       walk.template spread<COLUMNS>(p.s, p.g_s, walk.g_a, two ? &w : nullptr, h, qkv, qkv_sums, part, at);
       if (two) walk.template spread<COLUMNS>(p.w, p.g_w, walk.g_a, &s, h_w, qkv, qkv_sums, part, at);
     });

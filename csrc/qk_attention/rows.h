@@ -116,25 +116,52 @@ void fill_row(A* d, A value, int n) {
   for (int i = 0; i < n; ++i) d[i] = value;
 }
 
-// d += the sum over rows of x (or x * y).
+// Vectors of a row whose sums fit the registers; no result depends on it.
+#if defined(__AVX512F__)
+constexpr int kStrip = 16;
+#else
+constexpr int kStrip = 8;
+#endif
+
+// d += the sum over rows of x (or x * y): K vectors of columns that overlap where they fill no whole ones.
+template <bool PRODUCT, int K, class Where, class A>
+SPK_NOINLINE void add_strip(A* d, const A* x, int64_t x_r, const A* y, int64_t y_r, int rows, int n, Where where) {
+  constexpr int W = Vector<A>::W;
+  const auto at = [n](int k) SPK_INLINE_LAMBDA { return k + 1 < K || n < W ? k * W : n - W; };
+  Vec<A> all[K];
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) all[k] = where.load(d + at(k));
+  for (int r = 0; r < rows;) {
+    const int end = r + kBlock < rows ? r + kBlock : rows;
+    Vec<A> sum[K] = {};
+    for (; r < end; ++r, x += x_r, y += PRODUCT ? y_r : 0)
+#pragma GCC unroll 16
+      for (int k = 0; k < K; ++k) {
+        const Vec<A> a = where.load(x + at(k));
+        sum[k] = sum[k] + (PRODUCT ? Vec<A>(a * where.load(y + at(k))) : a);
+      }
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) all[k] = all[k] + sum[k];
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < K; ++k) where.store(d + at(k), all[k]);
+}
+template <bool PRODUCT, int K, class A>
+void add_strips(int vectors, A* d, const A* x, int64_t x_r, const A* y, int64_t y_r, int rows, int n) {
+  if constexpr (K > 1)
+    if (vectors < K) return add_strips<PRODUCT, K - 1>(vectors, d, x, x_r, y, y_r, rows, n);
+  add_strip<PRODUCT, K>(d, x, x_r, y, y_r, rows, n, Whole{});
+}
 template <bool PRODUCT, class A>
-SPK_NOINLINE void add_columns(A* d, const A* x, int64_t x_r, const A* y, int64_t y_r, int rows, int n) {
-  each_vector<A>(n, [&](int i, auto where) SPK_INLINE_LAMBDA {
-    const auto at = [&](int r) SPK_INLINE_LAMBDA {
-      const Vec<A> a = where.load(x + r * x_r + i);
-      if constexpr (PRODUCT) return Vec<A>(a * where.load(y + r * y_r + i));
-      return a;
-    };
-    Vec<A> all = where.load(d + i);
-    for (int r = 0; r < rows;) {
-      const int end = r + kBlock < rows ? r + kBlock : rows;
-      Vec<A> sum{};
-      for (; r + 4 <= end; r += 4) sum = sum + ((at(r) + at(r + 1)) + (at(r + 2) + at(r + 3)));
-      for (; r < end; ++r) sum = sum + at(r);
-      all = all + sum;
-    }
-    where.store(d + i, all);
-  });
+void add_columns(A* d, const A* x, int64_t x_r, const A* y, int64_t y_r, int rows, int n) {
+  constexpr int W = Vector<A>::W;
+  if (n < W) return add_strip<PRODUCT, 1>(d, x, x_r, y, y_r, rows, n, Some{n});
+  int vectors = (n + W - 1) / W;
+  for (int strips = (vectors + kStrip - 1) / kStrip, i = 0; strips > 0; --strips) {
+    const int k = (vectors + strips - 1) / strips, m = n - i < k * W ? n - i : k * W;  // strips as even as can be
+    add_strips<PRODUCT, kStrip>(k, d + i, x + i, x_r, PRODUCT ? y + i : y, y_r, rows, m);
+    vectors -= k, i += m;
+  }
 }
 
 // lanes[r][16] += partial sums along row r of x (or x * y).
@@ -313,35 +340,50 @@ void back_steps(const Lif<A>& f, const A* h, const A* sg, A* g_s, int64_t t, A* 
   run(h, sg, g_s, t, g_v, g, f.decay, f.gain, f.c, n);
 }
 
-// The commonest case in one go: kSteps time steps from rest 0, forward and back, g_s in place.
-template <Surrogate K, bool HARD, bool DETACH, class A>
-SPK_NOINLINE void there_and_back(const A* x, int64_t x_t, A* g_s, int64_t t, A decay, A gain, const Neuron<A> c, A a, A b, int n) {
+// The commonest case in one go: kSteps time steps from rest 0, forward and back. f and all outputs have rows t apart.
+// Spikes have the gradient f (GATE: f * y); PRODUCTS: spikes * y go to `products`.
+template <Surrogate K, bool HARD, bool DETACH, bool GATE, bool PRODUCTS, class A>
+SPK_NOINLINE void there_and_back(const A* x, int64_t x_t, const A* f, const A* y, int64_t y_t, A* g_x, A* products, int64_t t,
+                                 A decay, A gain, const Neuron<A> c, A a, A b, int n) {
 #pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
-    A v = 0, g = 0, h[kSteps];
+    A v = 0, g = 0, h[kSteps], g_s[kSteps];
     for (int r = 0; r < kSteps; ++r) {
       h[r] = charge(v, x[r * x_t + i], decay, gain, A(0));
       v = reset(h[r], HARD, c);
     }
+    for (int r = 0; r < kSteps; ++r) {
+      const A yi = GATE ? y[r * y_t + i] : A(0);
+      g_s[r] = GATE ? f[r * t + i] * yi : f[r * t + i];
+      if (PRODUCTS) products[r * t + i] = (h[r] >= c.fire_at ? A(1) : A(0)) * yi;
+    }
     for (int r = kSteps - 1; r >= 0; --r) {
       const A sg = surrogate<K, A>(h[r] - c.threshold, a, b);
-      const A gh = step_backward<false>(h[r], g_s[r * t + i], g, A(0), sg, HARD, DETACH, c);
-      g_s[r * t + i] = gain * gh;
+      const A gh = step_backward<false>(h[r], g_s[r], g, A(0), sg, HARD, DETACH, c);
+      g_x[r * t + i] = gain * gh;
       g = decay * gh;
     }
   }
 }
+template <Surrogate K, bool GATE, bool PRODUCTS, class A>
+auto there_and_back_of(bool hard, bool detach) {
+  return hard ? (detach ? there_and_back<K, true, true, GATE, PRODUCTS, A> : there_and_back<K, true, false, GATE, PRODUCTS, A>)
+              : (detach ? there_and_back<K, false, true, GATE, PRODUCTS, A> : there_and_back<K, false, false, GATE, PRODUCTS, A>);
+}
 template <class A>
-void there_and_back(const Lif<A>& f, const A* x, int64_t x_t, A* g_s, int64_t t, int n) {
-  const auto run = [&](auto soft, auto soft_detached, auto hard, auto hard_detached) {
-    (f.hard ? (f.detach ? hard_detached : hard) : (f.detach ? soft_detached : soft))(x, x_t, g_s, t, f.decay, f.gain, f.c, f.a, f.b,
-                                                                                     n);
+void there_and_back(const Lif<A>& neuron, const A* x, int64_t x_t, const A* f, const A* y, int64_t y_t, A* g_x, A* products,
+                    int64_t t, int n) {
+  const auto run = [&](auto plain, auto gated, auto both) {
+    (products ? both
+     : y      ? gated
+              : plain)(x, x_t, f, y, y_t, g_x, products, t, neuron.decay, neuron.gain, neuron.c, neuron.a, neuron.b, n);
   };
-#define SPK_CASE(K)                                                                                         \
-  case Surrogate::K:                                                                                        \
-    return run(there_and_back<Surrogate::K, false, false, A>, there_and_back<Surrogate::K, false, true, A>, \
-               there_and_back<Surrogate::K, true, false, A>, there_and_back<Surrogate::K, true, true, A>)
-  switch (static_cast<Surrogate>(f.surrogate)) {
+#define SPK_CASE(K)                                                                          \
+  case Surrogate::K:                                                                         \
+    return run(there_and_back_of<Surrogate::K, false, false, A>(neuron.hard, neuron.detach), \
+               there_and_back_of<Surrogate::K, true, false, A>(neuron.hard, neuron.detach),  \
+               there_and_back_of<Surrogate::K, true, true, A>(neuron.hard, neuron.detach))
+  switch (static_cast<Surrogate>(neuron.surrogate)) {
     SPK_CASE(atan);
     SPK_CASE(sigmoid);
     SPK_CASE(rectangle);
