@@ -32,18 +32,24 @@ constexpr __mmask16 kAll = 0xffff;                 // of intrinsics whose other 
 
 inline __mmask16 within(int64_t n) { return n < 16 ? __mmask16((1u << n) - 1) : kAll; }
 
-// 16 spikes of row r from column i on.
-inline void put_bits(Bits b, int64_t r, int64_t i, __mmask16 fired) {
-  reinterpret_cast<Half*>(b.over_n + i / 32 * b.n_ld + r)[i / 16 % 2] = fired;
+// 16 spikes of each of R rows from row r on (of the same 32) from column i on.
+template <int R>
+inline void put_bits(Bits b, int64_t r, int64_t i, const __mmask16 (&fired)[R]) {
   uint32_t* const d = b.over_d + r / 32 * b.d_ld + i;
-  const __m512i others = r % 32 ? _mm512_load_si512(d) : _mm512_setzero_si512();
-  _mm512_store_si512(d, _mm512_mask_or_epi32(others, fired, others, _mm512_set1_epi32(int32_t(1u << r % 32))));
+  __m512i all = r % 32 ? _mm512_load_si512(d) : _mm512_setzero_si512();
+  SPK_UNROLL
+  for (int j = 0; j < R; ++j) {
+    reinterpret_cast<Half*>(b.over_n + i / 32 * b.n_ld + r + j)[i / 16 % 2] = fired[j];
+    all = _mm512_mask_or_epi32(all, fired[j], all, _mm512_set1_epi32(int32_t(1u << (r + j) % 32)));
+  }
+  _mm512_store_si512(d, all);
 }
 
 // After a row's last 16: the other half of its word.
+template <int R>
 inline void end_bits(Bits b, int64_t r, int64_t n) {
   const int64_t i = (n + 15) / 16 * 16;
-  if (i % 32) reinterpret_cast<Half*>(b.over_n + i / 32 * b.n_ld + r)[1] = 0;
+  for (int j = 0; i % 32 && j < R; ++j) reinterpret_cast<Half*>(b.over_n + i / 32 * b.n_ld + r + j)[1] = 0;
 }
 
 // What is read next lies `next` numbers after what is read now, if it lies anywhere.
@@ -51,51 +57,80 @@ inline void prefetch(const float* x, int64_t next) {
   _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(x) + uintptr_t(next) * 4), _MM_HINT_T1);
 }
 
+constexpr int64_t kRowsAtOnce = 8;  // that share what put_bits reads and writes; a divisor of 32
+
+// Rows [r, r + R); adds to `other` the bits of numbers that are not 1.
+template <int R>
+inline __m512i rows_to_bits(Bits b, const float* s, int64_t row, int64_t next, int64_t r, int64_t n, __m512i other) {
+  const __m512 one = _mm512_set1_ps(1.f);
+  for (int64_t i = 0; i < n; i += 16) {
+    __mmask16 fired[R];
+    SPK_UNROLL
+    for (int j = 0; j < R; ++j) {
+      const float* const from = s + j * row + i;
+      prefetch(from, next);
+      const __m512 x = _mm512_maskz_loadu_ps(within(n - i), from);
+      fired[j] = _mm512_cmp_ps_mask(x, one, _CMP_EQ_OQ);
+      other = _mm512_mask_or_epi32(other, __mmask16(~fired[j]), other, _mm512_castps_si512(x));
+    }
+    put_bits(b, r, i, fired);
+  }
+  end_bits<R>(b, r, n);
+  return other;
+}
+
 // False where a number is neither 0 nor 1.
 SPK_NOINLINE bool to_bits(Bits b, const float* s, int64_t row, int64_t next, int64_t D, int64_t n) {
-  const __m512 one = _mm512_set1_ps(1.f);
   __m512i other = _mm512_setzero_si512();
-  for (int64_t r = 0; r < D; ++r, s += row) {
-    for (int64_t i = 0; i < n; i += 16) {
-      prefetch(s + i, next);
-      const __m512 x = _mm512_maskz_loadu_ps(within(n - i), s + i);
-      const __mmask16 fired = _mm512_cmp_ps_mask(x, one, _CMP_EQ_OQ);
-      other = _mm512_mask_or_epi32(other, __mmask16(~fired), other, _mm512_castps_si512(x));
-      put_bits(b, r, i, fired);
-    }
-    end_bits(b, r, n);
-  }
+  int64_t r = 0;
+  for (; r + kRowsAtOnce <= D; r += kRowsAtOnce) other = rows_to_bits<kRowsAtOnce>(b, s + r * row, row, next, r, n, other);
+  for (; r < D; ++r) other = rows_to_bits<1>(b, s + r * row, row, next, r, n, other);
   return _mm512_test_epi32_mask(other, _mm512_set1_epi32(0x7fffffff)) == 0;
 }
 
 // The same from bit `bit` of bytes.
 SPK_NOINLINE void to_bits(Bits b, const uint8_t* s, int bit, int64_t row, int64_t D, int64_t n) {
   for (int64_t r = 0; r < D; ++r, s += row) {
-    for (int64_t i = 0; i < n; i += 16)
-      put_bits(b, r, i, _mm_test_epi8_mask(_mm_maskz_loadu_epi8(within(n - i), s + i), _mm_set1_epi8(char(1 << bit))));
-    end_bits(b, r, n);
+    for (int64_t i = 0; i < n; i += 16) {
+      const __mmask16 fired[] = {_mm_test_epi8_mask(_mm_maskz_loadu_epi8(within(n - i), s + i), _mm_set1_epi8(char(1 << bit)))};
+      put_bits(b, r, i, fired);
+    }
+    end_bits<1>(b, r, n);
   }
+}
+
+template <bool HARD, bool AT_ZERO, bool KEEP, int R>
+inline void step_rows(Bits b, const float* x, int64_t row, int64_t next, float* v, float* h, int64_t ld, float decay, float gain,
+                      const Neuron<float> c, int64_t r, int64_t n) {
+  const __m512 decays = _mm512_set1_ps(decay), gains = _mm512_set1_ps(gain), rest = _mm512_set1_ps(c.rest),
+               fire_at = _mm512_set1_ps(c.fire_at), by = _mm512_set1_ps(c.reset_by);
+  for (int64_t i = 0; i < n; i += 16) {
+    __mmask16 fired[R];
+    SPK_UNROLL
+    for (int j = 0; j < R; ++j) {
+      const float* const from = x + j * row + i;
+      const int64_t at = (r + j) * ld + i;
+      prefetch(from, next);
+      const __m512 was = _mm512_load_ps(v + at), input = gains * _mm512_maskz_loadu_ps(within(n - i), from);
+      const __m512 hi = (AT_ZERO ? decays * was : rest + decays * (was - rest)) + input;
+      // Columns that do not exist never fire.
+      fired[j] = _mm512_mask_cmp_ps_mask(within(n - i), hi, fire_at, _CMP_GE_OQ);
+      if (KEEP) _mm512_store_ps(h + at, hi);
+      _mm512_store_ps(v + at, HARD ? _mm512_mask_mov_ps(hi, fired[j], rest) : _mm512_mask_sub_ps(hi, fired[j], hi, by));
+    }
+    put_bits(b, r, i, fired);
+  }
+  end_bits<R>(b, r, n);
 }
 
 // The same from a step of neurons on the currents x; v, and h unless it is null, have rows `ld` apart.
 template <bool HARD, bool AT_ZERO, bool KEEP>
 SPK_NOINLINE void step_bits(Bits b, const float* x, int64_t row, int64_t next, float* v, float* h, int64_t ld, float decay,
                             float gain, const Neuron<float> c, int64_t D, int64_t n) {
-  const __m512 decays = _mm512_set1_ps(decay), gains = _mm512_set1_ps(gain), rest = _mm512_set1_ps(c.rest),
-               fire_at = _mm512_set1_ps(c.fire_at), by = _mm512_set1_ps(c.reset_by);
-  for (int64_t r = 0; r < D; ++r, x += row, v += ld) {
-    for (int64_t i = 0; i < n; i += 16) {
-      prefetch(x + i, next);
-      const __m512 was = _mm512_load_ps(v + i), input = gains * _mm512_maskz_loadu_ps(within(n - i), x + i);
-      const __m512 hi = (AT_ZERO ? decays * was : rest + decays * (was - rest)) + input;
-      // Columns that do not exist never fire.
-      const __mmask16 fired = _mm512_mask_cmp_ps_mask(within(n - i), hi, fire_at, _CMP_GE_OQ);
-      if (KEEP) _mm512_store_ps(h + r * ld + i, hi);
-      _mm512_store_ps(v + i, HARD ? _mm512_mask_mov_ps(hi, fired, rest) : _mm512_mask_sub_ps(hi, fired, hi, by));
-      put_bits(b, r, i, fired);
-    }
-    end_bits(b, r, n);
-  }
+  constexpr int R = kRowsAtOnce;
+  int64_t r = 0;
+  for (; r + R <= D; r += R) step_rows<HARD, AT_ZERO, KEEP, R>(b, x + r * row, row, next, v, h, ld, decay, gain, c, r, n);
+  for (; r < D; ++r) step_rows<HARD, AT_ZERO, KEEP, 1>(b, x + r * row, row, next, v, h, ld, decay, gain, c, r, n);
 }
 
 inline void step_bits(Bits b, bool hard, const float* x, int64_t row, int64_t next, float* v, float* h, int64_t ld, float decay,
