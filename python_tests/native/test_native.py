@@ -78,10 +78,31 @@ def test_kernels_under_asan_and_ubsan(op, tmp_path):
         ("spiking_self_attention avx512", "add ? _mm512_load_ps(d) + count : count", "add ? count : count", r": out\["),
         (
             "spiking_self_attention avx512",
-            "maskz_loadu_ps(within(n - i), s + i)",
-            "loadu_ps(s + i)",
+            "_mm512_maskz_loadu_ps(within(n - i), from);\n      fired",
+            "_mm512_loadu_ps(from);\n      fired",
             "AddressSanitizer",
         ),
+        (
+            "spiking_self_attention avx512",
+            "_mm512_mask_cmp_ps_mask(within(n - i), hi",
+            "_mm512_cmp_ps_mask(hi",
+            r": (out|g_q)\[",
+        ),
+        (
+            "spiking_self_attention avx512",
+            "w + 1 < W ? kAll : within(n - 16 * w)",
+            "kAll",
+            r": g_(k|v)\[|AddressSanitizer",
+        ),
+        (
+            "spiking_self_attention avx512",
+            "r + kRowsAtOnce <= D; r += kRowsAtOnce) other",
+            "r + kRowsAtOnce < D; r += 2 * kRowsAtOnce) other",
+            r": (out|g_q)\[",
+        ),
+        ("qk_attention", "n < W ? k * W : n - W", "n < W ? k * W : k * W", "AddressSanitizer"),
+        ("qk_attention", "all[k] = where.load(d + at(k))", "all[k] = Vec<A>{}", r": (out|g_s)\["),
+        ("qk_attention", "? A(1) : A(0)) * yi;", "? A(1) : A(0));", r": g_s\["),
     ],
 )
 def test_check_finds_mistakes(op, tmp_path, monkeypatch, right, wrong, complaint):
