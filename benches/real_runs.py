@@ -37,8 +37,9 @@ class Run:
     cpu_seconds: float | None
 
     @property
-    def accuracies(self) -> list[float]:
-        return [100 * row["test_accuracy"] for row in self.rows]
+    def tested(self) -> list[tuple[float, float]]:
+        """(epoch, accuracy in %) of the epochs after which it was tested, the last one among them."""
+        return [(row["epoch"], 100 * row["test_accuracy"]) for row in self.rows if "test_accuracy" in row]
 
 
 def train(recipe: str, data: str, runs: pathlib.Path, overrides: list[str], seeds: list[int], name: str | None) -> None:
@@ -57,7 +58,7 @@ def train(recipe: str, data: str, runs: pathlib.Path, overrides: list[str], seed
 def read(folder: pathlib.Path) -> Run:
     recipe = recipe_of(yaml.safe_load((folder / "recipe.yaml").read_text()), str(folder / "recipe.yaml"))
     with (folder / "metrics.csv").open() as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     if len(rows) < recipe.epochs + recipe.cooldown_epochs:
         raise SystemExit(f"{folder}: {len(rows)} of {recipe.epochs + recipe.cooldown_epochs} epochs; not finished")
     spent = folder / "cpu_seconds.txt"
@@ -92,7 +93,7 @@ def table(groups: dict[str, list[Run]]) -> list[str]:
     lines = ["| run | test set | parameters | epochs | last epoch's accuracy, by seed | mean ± s.d. | CPU seconds |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for name, runs in groups.items():
-        recipe, last = runs[0].recipe, [run.accuracies[-1] for run in runs]
+        recipe, last = runs[0].recipe, [run.tested[-1][1] for run in runs]
         tested = f"{len(open_samples(recipe, training=False)):,} of {recipe.data.name}"
         size = sum(p.numel() for p in create_model(recipe.model, **recipe.model_kwargs).parameters())
         spread = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
@@ -121,9 +122,8 @@ def draw(groups: dict[str, list[Run]], path: pathlib.Path) -> None:
         for name, colour in zip(names, COLOURS, strict=False):
             runs = groups[name]
             for i, run in enumerate(runs):
-                epochs = [row["epoch"] for row in run.rows]
-                panel.plot(epochs, run.accuracies, color=colour, lw=0.9, label=name if not i else None)
-                panel.plot(epochs[-1], run.accuracies[-1], "o", color=colour, ms=2)
+                panel.plot(*zip(*run.tested, strict=True), color=colour, lw=0.9, label=name if not i else None)
+                panel.plot(*run.tested[-1], "o", color=colour, ms=2)
         panel.set_title(title, fontsize=8, loc="left", fontweight="bold")
         panel.set_xlabel("epoch", fontsize=7)
         panel.xaxis.get_major_locator().set_params(integer=True)

@@ -1,5 +1,5 @@
-"""Small sets that can be learnt, made here in the files of the real ones: recordings of moved digits, spoken-like
-sounds, patterns as JPEG."""
+"""Small sets that can be learnt, made here in the files of the real ones: recordings of moved digits, sounds like
+spoken ones."""
 
 import pathlib
 
@@ -82,25 +82,3 @@ def write_spoken_digits(root: pathlib.Path, per_speaker: int) -> None:
                 mix = np.linspace(0, 1, n)
                 wave = 0.5 * ((1 - mix) * halves[0] + mix * halves[1])
                 soundfile.write(root / f"{digit}_{speaker}_{index}.wav", wave.astype(np.float32), 8000)
-
-
-def write_cifar10(root: pathlib.Path, train: int, test: int) -> None:
-    """``<train|test>/<class>/*.jpg`` of 32x32: stripes of five directions in two colours, on noise."""
-    from PIL import Image
-
-    grid = np.stack(np.meshgrid(np.arange(32), np.arange(32), indexing="ij"))
-    for part, n in (("train", train), ("test", test)):
-        rng = np.random.default_rng(n)
-        for i in range(n):
-            label = i % 10
-            angle = np.pi * (label % 5) / 5
-            phase = 2 * np.pi * rng.random()
-            wave = np.sin((np.cos(angle) * grid[0] + np.sin(angle) * grid[1]) * rng.uniform(0.6, 0.9) + phase)
-            colour = np.array([0.9, 0.5, 0.1] if label < 5 else [0.1, 0.5, 0.9])
-            picture = 127 + 70 * wave[..., None] * colour + 25 * rng.standard_normal((32, 32, 3))
-            folder = root / part / CIFAR10[label]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"{i:05}.jpg", quality=90)
-
-
-CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
