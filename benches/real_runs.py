@@ -124,7 +124,7 @@ def draw(groups: dict[str, list[Run]], path: pathlib.Path) -> None:
             for i, run in enumerate(runs):
                 panel.plot(*zip(*run.tested, strict=True), color=colour, lw=0.9, label=name if not i else None)
                 panel.plot(*run.tested[-1], "o", color=colour, ms=2)
-        panel.set_title(title, fontsize=8, loc="left", fontweight="bold")
+        panel.set_title(title, fontsize=7, loc="left", fontweight="bold")
         panel.set_xlabel("epoch", fontsize=7)
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylim(0, 101)
