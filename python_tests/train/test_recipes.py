@@ -31,7 +31,8 @@ def test_every_published_row_has_a_recipe():
     wanted |= {f"sew_dvs_wide{kd}_cifar10dvs" for kd in ("", "_kd")}
     wanted |= {f"{m}_vgg8_{s}" for m in ("sma", "sma_azo") for s in ("dvsgesture", "cifar10dvs", "ncaltech101")}
     wanted |= {f"{m}msresnet{d}_imagenet" for m in ("", "sma_", "sma_azo_") for d in (18, 34, 104)}
-    wanted |= {"qkformer_test_digits", "qkformer_small_cifar10"}
+    wanted |= {"qkformer_test_digits", "qkformer_small_cifar10", "sma_vgg8_test_nmnist"}
+    wanted |= {f"ecsnn_{v}_fsdd" for v in ("small", "small_speakers", "small_ann", "tiny", "tiny_kd")}
     assert wanted - set(NAMES) == set()
 
 
@@ -49,7 +50,10 @@ def test_a_recipe_builds_its_model(name):
         net.get_submodule(recipe.distill["student_feature"])
     if recipe.loss == "tet":
         assert callable(net.steps)
-    if (frames := recipe.data.options.get("frames")) and net.T is not None:
+    frames = recipe.data.options.get("frames")
+    if recipe.data.name == "spoken_digits":  # of the spectrum: its width
+        assert recipe.model_kwargs["img_size"] == [40, frames]
+    elif frames and net.T is not None:
         assert frames == net.T
 
 
