@@ -148,8 +148,8 @@ class SMAVGG(SpikingModel):
             nn.Linear(hidden[1], num_classes) if num_classes else nn.Identity(),
         )  # fmt: skip
         with torch.no_grad():
-            for i in (2, 5):
-                self.others[i].weight.mul_(linear_gain)
+            for layer in (self.others[2], self.others[5]):
+                layer.weight.mul_(linear_gain)  # type: ignore[operator]
         self.num_features = hidden[1]
 
     def sequence_features(self, x: Tensor) -> Tensor:
