@@ -154,7 +154,7 @@ def _state_dtype(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
-def _to_widest(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _to_widest(*tensors: Tensor | None) -> tuple[Any, ...]:
     """The given of one floating dtype, which holds all of theirs; as they are where one has no such dtype."""
     dtypes = {t.dtype for t in tensors if t is not None}
     if len(dtypes) == 1 or not dtypes.issubset(_FLOATS):
