@@ -15,7 +15,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--real-data",
         metavar="DIR",
         type=pathlib.Path,
-        help="train the short recipes on parts of nmnist-1k and fsdd (.zip or folders) in DIR (write --real-data=DIR)",
+        help="train the short recipes on parts of nmnist-1k, fsdd, cifar10-jpeg (.zip or folders) in DIR "
+        "(write --real-data=DIR)",
     )
 
 

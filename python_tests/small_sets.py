@@ -4,6 +4,7 @@ spoken ones."""
 import pathlib
 
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
 
@@ -12,6 +13,18 @@ from spikecore.data.formats import Events
 from spikecore.data.writers import write_atis
 
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")  # of the real set
+
+
+def write_images(root: pathlib.Path) -> None:
+    """``<train|test>/<digit>/*.png``: scikit-learn's digits in 32x32 pixels and colours."""
+    digits = load_digits()
+    for part, x, y in (("train", digits.x_train, digits.y_train), ("test", digits.x_test, digits.y_test)):
+        colours = torch.rand(len(x), 3, 1, 1, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.5
+        pixels = (255 * F.interpolate(x, size=(32, 32), mode="bilinear") * colours).byte().permute(0, 2, 3, 1)
+        for i, (image, label) in enumerate(zip(pixels.numpy(), y.tolist(), strict=True)):
+            folder = root / part / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(image).save(folder / f"{i:04}.png")
 
 
 def write_n_mnist(root: pathlib.Path, train: int, test: int) -> None:

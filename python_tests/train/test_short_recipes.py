@@ -1,8 +1,8 @@
 """The recipes that are short enough for a CPU do learn: a part of each run, under a minute of one core.
 
 ``pytest --real-data=DIR``: on parts of the real sets there (zip files or folders of the names below); else on the sets
-of small_sets.py, in the same files. The floor of 25 % lies five standard errors of 100 test samples above chance, and
-far below what the whole recipes reach, which the README tells.
+of small_sets.py, in the same files. The floors lie five standard errors or more above chance (25 % of 100 test samples,
+20 % of 360 and more), and far below what the whole recipes reach, which the README tells.
 """
 
 import csv
@@ -22,8 +22,9 @@ from spikecore.train.recipe import load_recipe  # noqa: E402
 
 pytestmark = pytest.mark.slow
 FLOOR = 0.25
-FOLDERS = {"n_mnist": "nmnist-1k", "spoken_digits": "fsdd"}
+FOLDERS = {"n_mnist": "nmnist-1k", "spoken_digits": "fsdd", "cifar10": "cifar10-jpeg"}
 MADE: dict[str, Callable[[pathlib.Path], None]] = {
+    "cifar10": small_sets.write_images,
     "n_mnist": lambda root: small_sets.write_n_mnist(root, 600, 100),
     "spoken_digits": lambda root: small_sets.write_spoken_digits(root / "recordings", 20),
 }
@@ -32,7 +33,8 @@ MADE: dict[str, Callable[[pathlib.Path], None]] = {
 def wanted(path: str) -> bool:
     """Whether a file of a real set belongs to the part that is trained and tested on here."""
     file = pathlib.PurePosixPath(path)
-    return file.suffix == ".bin" or (file.suffix == ".wav" and int(file.stem.split("_")[2]) < 20)
+    number = int(file.stem.split("_")[-1]) if file.suffix in (".wav", ".jpg") else 0
+    return file.suffix == ".bin" or (file.suffix == ".wav" and number < 20) or (file.suffix == ".jpg" and number < 800)
 
 
 @pytest.fixture
@@ -71,6 +73,16 @@ def test_a_part_of_a_short_recipe_learns(recipe, epochs, folder_of, tmp_path):
     data = folder_of(load_recipe(recipe).data.name)
     settings = [f"data.root={data}", f"epochs={epochs}", f"val_interval={epochs}"]
     assert accuracy(recipe, tmp_path / "run", *settings) > FLOOR
+
+
+def test_a_part_of_a_transformer_learns_images(folder_of, tmp_path, request):
+    epochs = 2 if request.config.getoption("--real-data") else 11  # some 250 updates
+    settings = [f"data.root={folder_of('cifar10')}", f"epochs={epochs}", "warmup_epochs=0", f"val_interval={epochs}"]
+    assert accuracy("qkformer_small_cifar10", tmp_path / "run", *settings) > 0.2
+
+
+def test_a_part_of_a_transformer_learns_digits(tmp_path):
+    assert accuracy("qkformer_test_digits", tmp_path / "run", "epochs=8", "val_interval=8") > 0.5
 
 
 def test_a_student_learns_from_the_teacher_before_it(folder_of, tmp_path):
