@@ -121,6 +121,20 @@ def test_export_and_autocast() -> None:
     assert torch.equal(out.float(), Attention()(q, k))
 
 
+def test_more_rows_than_are_summed_at_once() -> None:
+    """Sums of columns over several parts of the rows, each added to what the parts before left."""
+    x = [spikes(3, 1, 2, 600, 9, seed=i).requires_grad_() for i in range(3)]
+    for out, want in (
+        (qk_attention(*x[:2]), qk_attention_ref(*x[:2])),
+        (qk_attention(*x[:2], "channel"), qk_attention_ref(*x[:2], "channel")),
+        (spike_driven_attention(*x), spike_driven_attention_ref(*x)),
+    ):
+        assert torch.equal(out, want)
+        assert 0 < out.mean() < 1
+        for g, w in zip(*(torch.autograd.grad(y.sum(), x, allow_unused=True) for y in (out, want)), strict=True):
+            assert g is w is None or torch.equal(g, w)
+
+
 # ---- gradients
 
 
