@@ -42,13 +42,14 @@ def codebook_norm_kernel(p_x, p_norm, D, step, INVERSE: tl.constexpr, BD: tl.con
 @triton.jit
 def _scored(product, norm, weight, gamma, D, METRIC: tl.constexpr):
     # A score in float32, and what it errs by at most: csrc's `scored`.
-    tiny = D.to(tl.float32) * 4.701977403289150e-38
+    numbers = tl.cast(D, tl.float32)  # D itself is a constant without methods where it is 1
+    tiny = numbers * 4.701977403289150e-38
     if METRIC == COSINE:
         value = product * weight
         error = gamma * norm + tiny * weight
     elif METRIC == L2:
         value = product - 0.5 * weight * weight
-        error = gamma * (norm + weight) * weight + (D.to(tl.float32) * 1.7763568394002505e-15 * norm * norm + tiny)
+        error = gamma * (norm + weight) * weight + (numbers * 1.7763568394002505e-15 * norm * norm + tiny)
     else:
         value = product
         error = gamma * norm * weight + tiny
