@@ -20,6 +20,7 @@ from spikecore.triton.lif import NeuronNumbers, _charge, _reset, lif_bwd, lif_fw
 _HEADS = 2  # the dimension of [T, B, H, D, N] that is the neurons' channel
 TILE = 64  # rows and columns that a program owns
 DEPTH = 16  # of a sum, at once
+PART = 64  # tokens of a sum in backward, at once
 
 
 @triton.jit
@@ -118,6 +119,13 @@ def _spikes(x: Tensor, decay_h: Tensor | None, gain_h: Tensor | None, numbers: l
     return lif_fwd(x, decay_h, gain_h, None, numbers, _HEADS, False, False, packed)[0]
 
 
+def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
+    """``a b^T``, summed by PART tokens: one long sum in float32 would err more than those of other backends."""
+    whole = a.shape[-1] // PART * PART
+    left, right = (x[..., :whole].unflatten(-1, (-1, PART)).transpose(-3, -2) for x in (a, b))
+    return (left @ right.mT).sum(-3) + a[..., whole:] @ b[..., whole:].mT
+
+
 def _like(x: Tensor, values: Tensor) -> Tensor:
     from spikecore.ops.lif import _empty_slices
 
@@ -170,13 +178,13 @@ def spiking_self_attention_bwd(
     inputs = [x.float() for x in (q, k, v)]
     operands = [_spikes(x, qkv_decay_h, qkv_gain_h, qkv, False) for x in inputs] if qkv else inputs
     b_q, b_k, b_v = operands
-    kv = b_k @ b_v.mT
+    kv = _over_tokens(b_k, b_v)
     g_u, g_decay, g_gain, _ = lif_bwd(
         g_out.float(), None, None, None, scale * (kv.mT @ b_q), decay_h, gain_h, None, attn, _HEADS,
         need_decay, need_gain, False,
     )  # fmt: skip
     g_y = scale * g_u
-    g_kv = b_q @ g_y.mT
+    g_kv = _over_tokens(b_q, g_y)
     grads = [kv @ g_y, g_kv @ b_v, g_kv.mT @ b_k]
     g_qkv_decay, g_qkv_gain = (q.new_empty(0, dtype=torch.float32) for _ in range(2))
     if qkv:
