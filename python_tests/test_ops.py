@@ -32,11 +32,11 @@ def upstream(outputs: tuple[Tensor, ...], kind: str) -> list[Tensor | None]:
     """Gradients for each output: dense, of another layout, or for some outputs alone."""
     grads: list[Tensor | None] = []
     for i, out in enumerate(outputs):
-        g = values(tuple(out.shape), torch.float32, True, 100 + i).to(out.dtype)
+        g = values(tuple(out.shape), torch.float32, True, 100 + i).to(out)
         if not out.is_floating_point() or kind == f"all but {i}" or (kind.startswith("only") and kind != f"only {i}"):
             grads.append(None)
         elif kind == "expanded":
-            grads.append(torch.tensor(0.7 - 0.3 * i, dtype=out.dtype).expand_as(out))
+            grads.append(torch.tensor(0.7 - 0.3 * i, dtype=out.dtype, device=out.device).expand_as(out))
         elif kind == "transposed":
             dims = tuple(reversed(range(out.dim())))
             grads.append(g.permute(dims).contiguous().permute(dims))
@@ -65,15 +65,25 @@ def judged_as(arg: str, gradient: Tensor, dtype: torch.dtype) -> str:
 
 
 def reference_errors(case: Case, sample: Sample, kind: str, draw: int) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """(gradient, exact gradient) by the reference for the sample with each number moved by up to four roundings."""
+    """(gradient, exact gradient) by the reference for the sample with each number moved by up to four roundings.
+
+    Where there are spikes, numbers in half precision stay, and a draw that changes a spike tells nothing.
+    """
     g = torch.Generator().manual_seed(draw)
     dtypes = {name: t.dtype for name, t in sample.tensors().items()}
 
     def moved(t: Tensor) -> Tensor:
-        eps = torch.finfo(t.dtype).eps
-        return t * (1 + eps * torch.randint(-4, 5, t.shape, generator=g)).to(t.dtype) if t.is_floating_point() else t
+        if not t.is_floating_point() or (case.discrete and t.dtype in (torch.bfloat16, torch.float16)):
+            return t
+        return t * (1 + torch.finfo(t.dtype).eps * torch.randint(-4, 5, t.shape, generator=g)).to(t.dtype)
 
-    near = sample.to(torch.float32).map(moved) if sample.dtype == torch.float64 else sample.map(moved)
+    sample = sample.to(torch.float32) if sample.dtype == torch.float64 else sample
+    near = sample.map(moved)
+    for out, was, now in zip(
+        case.outputs(sample), case.ref(**sample.arguments), case.ref(**near.arguments), strict=True
+    ):
+        if out in case.discrete and not torch.equal(was, now):
+            return {}
     rough, exact = gradients(case.ref, near, kind), gradients(case.ref, near.to(torch.float64), kind)
     errors: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for arg, want in exact.items():
@@ -101,8 +111,6 @@ def check_gradients(case: Case, sample: Sample, kinds: tuple[str, ...] = ("dense
         try:
             assert_all_close(results, f"{case.name}: gradient of {arg}")
         except AssertionError:
-            if case.discrete:
-                raise
             # Was the reference lucky? Its errors on inputs a few roundings away are as good a measure.
             more = [
                 e
@@ -122,12 +130,16 @@ def check_gradients(case: Case, sample: Sample, kinds: tuple[str, ...] = ("dense
 def test_forward(case: Case, name: str, dtype: torch.dtype, grid: bool) -> None:
     if dtype not in case.dtypes:
         pytest.skip(f"{case.name} does not take {dtype}")
-    sample = case.sample(name, dtype, grid)
+    check_forward(case, case.sample(name, dtype, grid), grid)
+
+
+def check_forward(case: Case, sample: Sample, grid: bool) -> None:
+    """Outputs against the reference in the kernel's precision and in float64; the inputs stay as they were."""
     before = sample.map(torch.clone)
     actual, names = case.op(**sample.arguments), case.outputs(sample)
     reference = case.ref(**sample.arguments)
     exact = case.ref(**sample.to(torch.float64).arguments)
-    rough = case.ref(**sample.to(torch.float32).arguments) if dtype == torch.float64 else reference
+    rough = case.ref(**sample.to(torch.float32).arguments) if sample.dtype == torch.float64 else reference
     assert len(actual) == len(names)
     for arg, was in before.tensors().items():
         torch.testing.assert_close(sample.tensors()[arg], was, rtol=0, atol=0, equal_nan=True, msg=f"{arg} changed")

@@ -27,6 +27,10 @@ else:
 
     for op in OPS:
         harness.backends[op]["shim"] = on_shim(op)  # built at its first call
+        if torch.cuda.is_available():
+            from gpu.on_gpu import BACKENDS, case_on
+
+            harness.backends[op] |= {f"{b} on a GPU": case_on(CASES[op], b).op for b in BACKENDS}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
