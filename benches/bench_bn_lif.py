@@ -30,6 +30,12 @@ SHAPES: dict[str, tuple[tuple[int, ...], str]] = {
     "4x16x128x32x32 channels-last": ((4, 16, 128, 32, 32), "channels-last"),
     "4x32x384x8x8 channels-last": ((4, 32, 384, 8, 8), "channels-last"),
 }
+# Of a GPU, beyond its caches.
+LARGE: dict[str, tuple[tuple[int, ...], str]] = {
+    "4x128x64x32x32": ((4, 128, 64, 32, 32), "contiguous"),
+    "4x128x384x8x8": ((4, 128, 384, 8, 8), "contiguous"),
+    "4x128x64x32x32 channels-last": ((4, 128, 64, 32, 32), "channels-last"),
+}
 QUICK: dict[str, tuple[tuple[int, ...], str]] = {
     "4x2x8x7x7": ((4, 2, 8, 7, 7), "contiguous"),
     "4x2x8x7x7 channels-last": ((4, 2, 8, 7, 7), "channels-last"),
@@ -132,7 +138,7 @@ def parity(device: str) -> None:
 
 
 def problems(device: str, quick: bool) -> Iterator[Problem]:
-    for name, (shape, layout) in (QUICK if quick else SHAPES).items():
+    for name, (shape, layout) in (QUICK if quick else SHAPES if device == "cpu" else LARGE).items():
         for direction in ("forward", "training"):
             yield problem(name, shape, layout, direction, device, SLOW_START if quick else ())
 

@@ -29,6 +29,16 @@ SHAPES: dict[str, tuple[tuple[int, ...], str, dict[str, float]]] = {
     "4x32x64x56x56": ((4, 32, 64, 56, 56), "contiguous", {}),
     "4x32x64x56x56 channels-last": ((4, 32, 64, 56, 56), "channels-last", {}),
 }
+# Of a GPU, beyond its caches.
+LARGE: dict[str, tuple[tuple[int, ...], str, dict[str, float]]] = {
+    "T=4 N=2^18": ((4, 1 << 18), "contiguous", {}),
+    "T=4 N=2^23": ((4, 1 << 23), "contiguous", {}),
+    "T=4 N=2^23 float16": ((4, 1 << 23), "contiguous", {}),
+    "T=16 N=2^21": ((16, 1 << 21), "contiguous", {}),
+    "T=32 N=2^20": ((32, 1 << 20), "contiguous", {}),
+    "T=32 N=2^20 float16": ((32, 1 << 20), "contiguous", {}),
+    "4x64x128x28x28 channels-last": ((4, 64, 128, 28, 28), "channels-last", {}),
+}
 QUICK: dict[str, tuple[tuple[int, ...], str, dict[str, float]]] = {
     "T=4 N=2^12": ((4, 1 << 12), "contiguous", {}),
     "4x2x8x7x7 channels-last": ((4, 2, 8, 7, 7), "channels-last", {}),
@@ -113,8 +123,8 @@ PEERS: dict[str, Callable[[Tensor], Spiking]] = {
 SLOW_START = ("torch.compile",)
 
 
-def inputs(shape: tuple[int, ...], layout: str, device: str) -> Tensor:
-    return LAYOUTS[layout](values(shape, torch.float32, grid=False)).to(device)
+def inputs(shape: tuple[int, ...], layout: str, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    return LAYOUTS[layout](values(shape, dtype, grid=False)).to(device)
 
 
 def train(f: Spiking, x: Tensor, g_s: Tensor) -> Tensor:
@@ -141,7 +151,7 @@ def bars(T: int, direction: str, over_copy: dict[str, float], device: str) -> di
 
 
 def problems(device: str, quick: bool) -> Iterator[Problem]:
-    for name, (shape, layout, over_copy) in (QUICK if quick else SHAPES).items():
+    for name, (shape, layout, over_copy) in (QUICK if quick else SHAPES if device == "cpu" else LARGE).items():
         for direction in ("forward", "training"):
             leave_out = SLOW_START if quick else ()
             yield problem(
@@ -160,7 +170,7 @@ def problem(
     name: str, shape: tuple[int, ...], layout: str, direction: str, device: str, bars: dict[str, float],
     leave_out: tuple[str, ...] = (),
 ) -> Problem:  # fmt: skip
-    x = inputs(shape, layout, device)
+    x = inputs(shape, layout, device, torch.float16 if "float16" in name else torch.float32)
     leaf, g_s, out = x.clone().requires_grad_(), torch.randn_like(x), torch.empty_like(x)
     runs, skipped = {"spikecore": ours}, dict.fromkeys(leave_out, "compiles for too long here")
     for peer, make in PEERS.items():

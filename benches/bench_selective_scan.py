@@ -1,4 +1,4 @@
-"""`selective_scan` (softplus, bias, D) against a plain torch loop, mambapy's parallel scan and torch.compile.
+"""`selective_scan` (softplus, bias, D) against a plain torch loop, mambapy's scan, mamba-ssm and torch.compile.
 
 A peer is a function of the same arguments; one that cannot be had raises ImportError where it is made.
 """
@@ -16,11 +16,12 @@ from spikecore.testing.cases import CASES, Sample
 from spikecore.testing.compare import assert_close
 from spikecore.testing.timing import Problem, Scaling
 
-DISTRIBUTIONS = ("mambapy",)
+DISTRIBUTIONS = ("mambapy", "mamba-ssm")
 Scan = Callable[..., Tensor]
 
 # name: (B, C, S, L)
 SHAPES = {"B=2 C=384 S=1 L=3136": (2, 384, 1, 3136), "B=2 C=768 S=16 L=784": (2, 768, 16, 784)}
+LARGE = {"B=32 C=384 S=1 L=3136": (32, 384, 1, 3136), "B=32 C=768 S=16 L=784": (32, 768, 16, 784)}  # of a GPU
 QUICK = {"B=1 C=16 S=2 L=64": (1, 16, 2, 64)}
 
 
@@ -52,11 +53,27 @@ def mambapy() -> Scan:
     return run
 
 
+def mamba_ssm() -> Scan:
+    """Its CUDA kernels, on a GPU alone."""
+    return partial(_mamba_ssm, importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn)
+
+
+def _mamba_ssm(
+    scan: Callable[..., Tensor], u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor
+) -> Tensor:
+    return scan(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=True)
+
+
 def compiled() -> Scan:
     raise ImportError("it unrolls the loop over L, and compiles for many minutes")
 
 
-PEERS: dict[str, Callable[[], Scan]] = {"loop": lambda: loop, "mambapy": mambapy, "torch.compile": compiled}
+PEERS: dict[str, Callable[[], Scan]] = {
+    "loop": lambda: loop,
+    "mambapy": mambapy,
+    "mamba-ssm": mamba_ssm,
+    "torch.compile": compiled,
+}
 BARS = {"forward": {"loop": 50.0, "mambapy": 20.0}, "training": {"loop": 20.0, "mambapy": 20.0}}
 
 
@@ -102,7 +119,7 @@ def _present() -> tuple[dict[str, Scan], dict[str, str]]:
 
 def problems(device: str, quick: bool) -> Iterator[Problem]:
     runs, skipped = _present()
-    for name, shape in (QUICK if quick else SHAPES).items():
+    for name, shape in (QUICK if quick else SHAPES if device == "cpu" else LARGE).items():
         for direction in ("forward", "training"):
             bars = {} if quick or device != "cpu" else BARS[direction]
             yield _problem(name, shape, direction, device, runs, bars, skipped)

@@ -18,7 +18,7 @@ from spikecore.testing.cases.selective_scan_2d import sample
 from spikecore.testing.compare import assert_close
 from spikecore.testing.timing import Problem, Scaling
 
-DISTRIBUTIONS = ("mambapy",)
+DISTRIBUTIONS = ("mambapy", "mamba-ssm")
 Scan = Callable[..., Tensor]
 
 # name: (sizes, {direction: {contestant: times our time it must take}})
@@ -32,6 +32,11 @@ SHAPES: dict[str, tuple[dict[str, int], dict[str, dict[str, float]]]] = {
         {"B": 2, "C": 384, "S": 16, "H": 14, "W": 14},
         {"forward": {"loop": 50.0, "mambapy": 20.0}, "training": {"loop": 20.0, "mambapy": 20.0}},
     ),
+}
+# Of a GPU, beyond its caches.
+LARGE: dict[str, tuple[dict[str, int], dict[str, dict[str, float]]]] = {
+    "B=32 C=192 S=1 56x56": ({"B": 32, "C": 192, "S": 1, "H": 56, "W": 56}, {}),
+    "B=32 C=384 S=16 14x14": ({"B": 32, "C": 384, "S": 16, "H": 14, "W": 14}, {}),
 }
 QUICK: dict[str, tuple[dict[str, int], dict[str, dict[str, float]]]] = {
     "B=1 C=20 S=2 6x5": ({"B": 1, "C": 20, "S": 2, "H": 6, "W": 5}, {}),
@@ -95,6 +100,16 @@ def _composed() -> Scan:
     return _on_copies(run)
 
 
+def _mamba_ssm() -> Scan:
+    """Its CUDA kernels on the copies, on a GPU alone."""
+    scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+
+    def run(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor) -> Tensor:
+        return scan(u, dt, A, B, C, D, None, bias, True)
+
+    return _on_copies(run)
+
+
 def ours(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor) -> Tensor:
     return selective_scan_2d(x, delta, A, B, C, D, delta_bias, True)
 
@@ -103,6 +118,7 @@ PEERS: dict[str, Callable[[], Scan]] = {
     "loop": lambda: _on_copies(_loop),
     "mambapy": _mambapy,
     "copies + selective_scan": _composed,
+    "copies + mamba-ssm": _mamba_ssm,
 }
 
 
@@ -126,7 +142,7 @@ def parity(device: str) -> None:
     def ref(*tensors: Tensor) -> Tensor:
         return selective_scan_2d_ref(*tensors, delta_softplus=True)
 
-    for f in (ours, *(make() for make in _present().values())):
+    for f in (ours, *(make() for peer, make in _present().items() if peer != "copies + mamba-ssm")):  # inexact exp
         assert_close(f(*leaves).cpu(), ref(*leaves).cpu(), ref(*exact), "y")
     got, want, want64 = train(ours, leaves, g_y), train(ref, leaves, g_y), train(ref, exact, g_y.cpu().double())
     for name, *g in zip(names, got, want, want64, strict=True):
@@ -180,7 +196,7 @@ def problem(name: str, sizes: dict[str, int], direction: str, device: str, bars:
 
 
 def problems(device: str, quick: bool) -> Iterator[Problem]:
-    for name, (sizes, bars) in (QUICK if quick else SHAPES).items():
+    for name, (sizes, bars) in (QUICK if quick else SHAPES if device == "cpu" else LARGE).items():
         for direction in ("forward", "training"):
             yield problem(name, sizes, direction, device, bars.get(direction, {}))
 

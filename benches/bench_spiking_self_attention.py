@@ -26,6 +26,10 @@ SHAPES: dict[str, tuple[tuple[int, ...], str, dict[str, float]]] = {
     "4x8x8x48x196 packed": ((4, 8, 8, 48, 196), "packed", {}),
     "4x8x8x48x196 currents": ((4, 8, 8, 48, 196), "currents", {}),
 }
+# Of a GPU, beyond its caches.
+LARGE: dict[str, tuple[tuple[int, ...], str, dict[str, float]]] = {
+    f"4x64x8x48x196 {kind}": ((4, 64, 8, 48, 196), kind, {}) for kind in ("floats", "packed", "currents")
+}
 QUICK: dict[str, tuple[tuple[int, ...], str, dict[str, float]]] = {
     "4x1x2x8x20 floats": ((4, 1, 2, 8, 20), "floats", {}),
     "4x1x2x8x20 packed": ((4, 1, 2, 8, 20), "packed", {}),
@@ -143,7 +147,7 @@ def _peers(device: str, quick: bool) -> tuple[dict[str, Attention], dict[str, st
 
 
 def problems(device: str, quick: bool) -> Iterator[Problem]:
-    for name, (shape, kind, jelly) in (QUICK if quick else SHAPES).items():
+    for name, (shape, kind, jelly) in (QUICK if quick else SHAPES if device == "cpu" else LARGE).items():
         for direction in ("forward",) if kind == "packed" else ("forward", "training"):
             peers, skipped = _peers(device, quick)
             bars = {"spikingjelly": jelly[direction]} if jelly else {}

@@ -56,7 +56,9 @@ def discover() -> dict[str, ModuleType]:
 def measure(op: str, problem: Problem, device: str, quick: bool) -> dict[str, Any]:
     """One row: everything known about one problem, ready for JSON."""
     calls, skipped = runnable(problem)
-    duration = {"warmup": 0.01, "duration": 0.03, "turn": 0.005} if quick else {"warmup": 0.2, "duration": 1.0}
+    duration = {"warmup": 0.2, "duration": 1.0} if device == "cpu" else {"warmup": 0.05, "duration": 0.2}  # steadier
+    if quick:
+        duration = {"warmup": 0.01, "duration": 0.03, "turn": 0.005}
     times = timing.bench(calls, device=device, **duration)
     over_copy, peers = times[OURS].over(times[COPY]), {n: t.over(times[OURS]) for n, t in times.items() if n != OURS}
     passed = {n: (over_copy <= b if n == COPY else peers[n] >= b) for n, b in problem.bars.items() if n in times}
