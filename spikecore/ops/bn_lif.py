@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from spikecore import _backend  # noqa: F401  (defines torch.ops.spikecore.bn_lif_*)
+from spikecore.ops._autograd import register
 from spikecore.ops.lif import _FLOATS, _empty_slices, _state_dtype, check_reset, encode, lif_ref
 from spikecore.ops.lif import _check as _check_lif
 from spikecore.surrogate import ATan, Surrogate
@@ -277,9 +278,4 @@ def _backward(ctx, g_s, g_y, g_mean, g_var):
     return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), *[None] * 4)
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("bn_lif: a second backward (double backward) is not defined for surrogate gradients")
-
-
-torch.library.register_autograd("spikecore::bn_lif_fwd", _backward, setup_context=_setup_context)
-torch.library.register_autograd("spikecore::bn_lif_bwd", _refuse_double_backward)
+register("bn_lif", _setup_context, _backward, "is not defined for surrogate gradients")

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from spikecore import _backend  # noqa: F401  (defines torch.ops.spikecore.codebook_lookup_*)
+from spikecore.ops._autograd import register
 
 __all__ = [
     "METRICS", "codebook_decode", "codebook_lookup", "codebook_lookup_ref", "residual_codebook_lookup",
@@ -218,9 +219,4 @@ def _backward(ctx, g_indices: Any, g_values: Tensor | None):
     return g_values, g_codebook, None, None, None
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("codebook_lookup: a second backward (double backward) is not defined")
-
-
-torch.library.register_autograd("spikecore::codebook_lookup_fwd", _backward, setup_context=_setup_context)
-torch.library.register_autograd("spikecore::codebook_lookup_bwd", _refuse_double_backward)
+register("codebook_lookup", _setup_context, _backward, "is not defined")

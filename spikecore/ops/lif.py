@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from spikecore import _backend  # noqa: F401  (defines torch.ops.spikecore.lif_*)
+from spikecore.ops._autograd import register
 from spikecore.surrogate import ATan, Surrogate
 
 __all__ = ["LIFParams", "check_reset", "lif", "lif_ref", "pack_spikes", "unpack_spikes"]
@@ -362,9 +363,4 @@ def _backward(ctx, g_s, g_v_last, g_h, g_v):
     )  # fmt: skip
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("lif: a second backward (double backward) is not defined for surrogate gradients")
-
-
-torch.library.register_autograd("spikecore::lif_fwd", _backward, setup_context=_setup_context)
-torch.library.register_autograd("spikecore::lif_bwd", _refuse_double_backward)
+register("lif", _setup_context, _backward, "is not defined for surrogate gradients")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spikecore import _backend  # noqa: F401  (defines torch.ops.spikecore.qk_attention_*)
+from spikecore.ops._autograd import register
 from spikecore.ops.lif import LIFParams, _state_dtype, lif_ref, pack_spikes, unpack_spikes
 from spikecore.surrogate import Surrogate
 
@@ -248,9 +249,4 @@ def _backward(ctx, g_out):
     return (g_q, g_k, g_v, *(g if need else None for g, need in zip(g_p, needs, strict=True)), *[None] * 4)
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("qk_attention: a second backward (double backward) is not defined for surrogate gradients")
-
-
-torch.library.register_autograd("spikecore::qk_attention_fwd", _backward, setup_context=_setup_context)
-torch.library.register_autograd("spikecore::qk_attention_bwd", _refuse_double_backward)
+register("qk_attention", _setup_context, _backward, "is not defined for surrogate gradients")

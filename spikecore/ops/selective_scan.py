@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikecore import _backend  # noqa: F401  (defines torch.ops.spikecore.selective_scan_*)
+from spikecore.ops._autograd import register
 
 __all__ = ["selective_scan", "selective_scan_ref", "selective_scan_step"]
 
@@ -245,9 +246,4 @@ def _backward(ctx, g_y, g_h_last):
     return (*(None if t is None else g for t, g in zip(inputs, grads, strict=True)), None)
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("selective_scan: a second backward (double backward) is not supported")
-
-
-torch.library.register_autograd("spikecore::selective_scan_fwd", _backward, setup_context=_setup_context)
-torch.library.register_autograd("spikecore::selective_scan_bwd", _refuse_double_backward)
+register("selective_scan", _setup_context, _backward, "is not supported")

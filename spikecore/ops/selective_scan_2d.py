@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from spikecore import _backend  # noqa: F401  (defines torch.ops.spikecore.selective_scan_2d_*)
+from spikecore.ops._autograd import register
 from spikecore.ops.cross_scan import cross_merge, cross_scan, direction_codes
 from spikecore.ops.selective_scan import _FLOATS, _state_dtype, _to_widest
 
@@ -198,9 +199,4 @@ def _backward(ctx, g_y):
     return *needed, None, None
 
 
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("selective_scan_2d: a second backward (double backward) is not implemented")
-
-
-torch.library.register_autograd("spikecore::selective_scan_2d_fwd", _backward, setup_context=_setup_context)
-torch.library.register_autograd("spikecore::selective_scan_2d_bwd", _refuse_double_backward)
+register("selective_scan_2d", _setup_context, _backward, "is not implemented")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from spikecore import _backend  # noqa: F401  (defines torch.ops.spikecore.spiking_self_attention_*)
+from spikecore.ops._autograd import register
 from spikecore.ops.lif import (
     _FLOATS,
     LIFParams,
@@ -186,11 +187,4 @@ def _backward(ctx: Any, g_out: Tensor | None) -> tuple[Tensor | None, ...]:
     return g_q, g_k, g_v, *(x if wanted else None for x, wanted in zip(g, need, strict=True)), *[None] * 4
 
 
-def _refuse_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "spiking_self_attention: a second backward (double backward) is not defined for surrogate gradients"
-    )
-
-
-torch.library.register_autograd("spikecore::spiking_self_attention_fwd", _backward, setup_context=_setup_context)
-torch.library.register_autograd("spikecore::spiking_self_attention_bwd", _refuse_double_backward)
+register("spiking_self_attention", _setup_context, _backward, "is not defined for surrogate gradients")
