@@ -31,6 +31,7 @@ import torch
 from spikecore._backend import gpu_backend
 from spikecore.testing import timing
 from spikecore.testing.timing import Problem, Scaling, machine_line
+from spikecore.train.files import replace_file
 
 HERE = pathlib.Path(__file__).parent
 OURS, COPY = "spikecore", "copy"
@@ -265,7 +266,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         print("--quick: the numbers mean nothing")
 
-    rows, scalings, red = [], [], []
+    rows: list[dict[str, Any]] = []
+    scalings: list[dict[str, Any]] = []
+    red = []
+
+    def save() -> None:  # after each row: a long run that is stopped keeps what it has
+        if options.json:
+            saved = {"commit": commit(), "machine": here, "memory": memory, "rows": rows, "scaling": scalings}
+            replace_file(options.json, json.dumps(saved, indent=1).encode())
+
     for op, module in chosen.items():
         try:
             module.parity(device)
@@ -274,32 +283,27 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{op}: disagrees with its reference on {device}, so no numbers")
             red.append(op)
             continue
-        mine = []
         try:
             for n in threads if device == "cpu" else [everything]:
                 torch.set_num_threads(n)
-                mine += [row_of(op, p, device, options.quick) for p in module.problems(device, options.quick)]
+                for problem in module.problems(device, options.quick):
+                    rows.append(row_of(op, problem, device, options.quick))
+                    save()
         finally:
             torch.set_num_threads(everything)
+        mine = [row for row in rows if row["op"] == op]
         print("\n".join(table(mine)))
-        grown = (
-            [grow(op, s, device, options.quick) for s in module.scaling(device, options.quick)]
-            if options.scaling
-            else []
-        )
-        for g in grown:
-            print("\n".join(growth(g)))
         if options.plot:
             options.plot.mkdir(parents=True, exist_ok=True)
-            plots = load("plots")  # needs matplotlib
-            plots.bars(mine, text, options.plot / f"{op}.png")
-            if grown:
-                plots.growth(grown, text, options.plot / f"{op}_scaling.png")
-        rows += mine
-        scalings += grown
-    if options.json:
-        saved = {"commit": commit(), "machine": here, "memory": memory, "rows": rows, "scaling": scalings}
-        options.json.write_text(json.dumps(saved, indent=1))
+            load("plots").bars(mine, text, options.plot / f"{op}.png")  # needs matplotlib
+        for scaling in module.scaling(device, options.quick) if options.scaling else ():
+            scalings.append(grow(op, scaling, device, options.quick))
+            save()
+            print("\n".join(growth(scalings[-1])), flush=True)
+            if options.plot:
+                grown = [g for g in scalings if g["op"] == op]
+                load("plots").growth(grown, text, options.plot / f"{op}_scaling.png")
+    save()
     if old:
         print("\n".join(compare(rows, old, here)))
     return 1 if red else 0
