@@ -11,7 +11,9 @@ namespace {
 constexpr int kBlock = 128;
 constexpr int kBwdV = 4;              // neurons of a thread in backward, of every type: with 8 its registers spill
 constexpr int kBwdShared = 40 << 10;  // bytes: with the sums below the 48 KB that need no opting in
-constexpr int kMostParts = 256;
+constexpr unsigned kAll = ~0u;
+// A block sums at least so many vectors a thread before its threads meet; a grid of so many blocks fills any GPU.
+constexpr int64_t kVectors = 4, kManyBlocks = 4096, kMostParts = 1024;
 
 // Blocks (x, part) of the kernels that sum. Maps: x is a channel, and the block's threads lie `width` to a row of its
 // `inner` neighbours. Else x is a group of width * V places of a period. Either way rows (t, o) follow each other by
@@ -110,40 +112,44 @@ __global__ void __launch_bounds__(kBlock, 8) bn_constants_kernel(const BnNorm no
   constants[kGain * C + c] = of_channel(neuron.gain_c, c, neuron.gain);
 }
 
-// The sum of channel c over its parts and places, in their order.
+// The sum of channel c over its parts and places by a warp, in an order that their number fixes; every lane gets it.
 __device__ double channel_sum(const double* __restrict__ sums, const Grid& g, const BnShape& s, int64_t parts, int64_t c) {
   double sum = 0;
   const int64_t each = g.places / s.C;
-  for (int64_t part = 0; part < parts; ++part)
+  for (int64_t part = threadIdx.x % 32; part < parts; part += 32)
     for (int64_t i = 0; i < each; ++i) sum += sums[part * g.places + c * each + i];
+  for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kAll, sum, d);
   return sum;
 }
 
 template <class T>
 __global__ void __launch_bounds__(kBlock, 8) bn_stats_finish_kernel(const BnStats p, const Grid g) {
-  const int64_t c = int64_t(blockIdx.x) * kBlock + threadIdx.x;
+  const int64_t c = (int64_t(blockIdx.x) * kBlock + threadIdx.x) / 32;
   if (c >= p.shape.C) return;
   const double k = load_float<T>(static_cast<const T*>(p.x)[c * p.shape.inner]);
   double mean, var;
   moments(k, channel_sum(p.sums, g, p.shape, p.parts, c), channel_sum(p.sums + p.parts * g.places, g, p.shape, p.parts, c),
           double(p.shape.T) * double(p.shape.N / p.shape.C), &mean, &var);
+  if (threadIdx.x % 32) return;
   static_cast<float*>(p.mean)[c] = float(mean);
   static_cast<float*>(p.var)[c] = float(var);
 }
 
 __global__ void __launch_bounds__(kBlock, 8) bn_lif_bwd_finish_kernel(const BnLifBwd p, const Grid g) {
-  const int64_t C = p.shape.C, c = int64_t(blockIdx.x) * kBlock + threadIdx.x;
+  const int64_t C = p.shape.C, c = (int64_t(blockIdx.x) * kBlock + threadIdx.x) / 32;
   if (c >= C) return;
   const auto sum = [&](int kind) { return channel_sum(p.sums + kind * p.parts * g.places, g, p.shape, p.parts, c); };
   const float inverse = inverse_std(static_cast<const float*>(p.norm.var)[c], p.norm.eps);
   const float g_bias = float(sum(kBnG)), g_weight = float(sum(kBnGX) * double(inverse));
+  const float g_decay = p.g_decay ? float(sum(kBnDecay)) : 0.f, g_gain = p.g_gain ? float(sum(kBnGain)) : 0.f;
+  if (threadIdx.x % 32) return;
   const double count = double(p.shape.T) * double(p.shape.N / C);
   static_cast<float*>(p.g_bias)[c] = g_bias;
   static_cast<float*>(p.g_weight)[c] = g_weight;
   p.constants[kGMean * C + c] = float(double(g_bias) / count);
   p.constants[kSlope * C + c] = float(double(g_weight) * double(inverse) / count);
-  if (p.g_decay) static_cast<float*>(p.g_decay)[c] = float(sum(kBnDecay));
-  if (p.g_gain) static_cast<float*>(p.g_gain)[c] = float(sum(kBnGain));
+  if (p.g_decay) static_cast<float*>(p.g_decay)[c] = g_decay;
+  if (p.g_gain) static_cast<float*>(p.g_gain)[c] = g_gain;
 }
 
 // ---- per neuron ------------------------------------------------------------------------------------------------------
@@ -397,7 +403,7 @@ template <class T, int V>
 int stats(const BnStats& p, void* stream) {
   const Grid g(p.shape, V);
   SPK_LAUNCH((bn_stats_kernel<T, V>), g.blocks(p.shape, V, p.parts), dim3(kBlock), 0, stream, p, g);
-  SPK_LAUNCH((bn_stats_finish_kernel<T>), dim3(blocks(p.shape.C, kBlock)), dim3(kBlock), 0, stream, p, g);
+  SPK_LAUNCH((bn_stats_finish_kernel<T>), dim3(blocks(32 * p.shape.C, kBlock)), dim3(kBlock), 0, stream, p, g);
   (void)stream;
   return SPK_LAST_ERROR();
 }
@@ -431,7 +437,7 @@ int backward(const BnLifBwd& p, void* stream) {
   const Grid g(p.shape, V);
   const size_t shared = size_t(p.steps) * 2 * kBlock * V * sizeof(float);
   SPK_LAUNCH((bn_lif_bwd_kernel<T, V>), g.blocks(p.shape, V, p.parts), dim3(kBlock), shared, stream, p, g, constants(p.neuron));
-  SPK_LAUNCH(bn_lif_bwd_finish_kernel, dim3(blocks(p.shape.C, kBlock)), dim3(kBlock), 0, stream, p, g);
+  SPK_LAUNCH(bn_lif_bwd_finish_kernel, dim3(blocks(32 * p.shape.C, kBlock)), dim3(kBlock), 0, stream, p, g);
   if (p.batch) SPK_LAUNCH((bn_lif_bwd_x_kernel<T, V>), dim3(blocks(p.shape.N / V, kBlock)), dim3(kBlock), 0, stream, p);
   (void)stream;
   return SPK_LAST_ERROR();
@@ -471,10 +477,13 @@ int bn_lif_bwd_cuda(const BnLifBwd& p, void* stream) {
   }
 }
 
-// A few rows of threads a part; every part of every channel has its place in `sums`.
+// Every part of every channel has its place in `sums`.
 int64_t bn_parts_cuda(const BnShape& s) {
-  const Grid g(s, 1);
-  const int64_t parts = s.T * g.outer / (kBlock / g.width);
+  constexpr int V = kBwdV;  // other widths make other grids, which these parts fill as well
+  const Grid g(s, V);
+  const int64_t in_row = g.maps ? (s.inner + g.width * V - 1) / (g.width * V) : 1;  // vectors of a thread
+  const int64_t rows = (kVectors + in_row - 1) / in_row * (kBlock / g.width), x = g.blocks(s, V, 1).x;
+  const int64_t fit = s.T * g.outer / rows, many = kManyBlocks / x, parts = fit < many ? fit : many;
   return parts < 1 ? 1 : parts > kMostParts ? kMostParts : parts;
 }
 

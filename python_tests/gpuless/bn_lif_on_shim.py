@@ -103,6 +103,7 @@ class Launch:
 
 
 MAPS, PERIODS = (3, 6, 3, 64), (3, 10, 24, 1)
+MANY, MANY_PERIODS = (3, 72, 3, 64), (3, 60, 24, 1)  # sums in several parts
 
 
 def differing(**pairs: tuple[torch.Tensor, torch.Tensor]) -> str:

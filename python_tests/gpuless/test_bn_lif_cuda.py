@@ -6,7 +6,18 @@ import pytest
 import torch
 from gpuless import aot, ops_on_shim, shim
 from gpuless.bn_lif_backends import assert_equal_but_for_sums
-from gpuless.bn_lif_on_shim import MAPS, PERIODS, SOURCE, prepared_forward, run_backward, run_forward, run_stats, source
+from gpuless.bn_lif_on_shim import (
+    MANY,
+    MANY_PERIODS,
+    MAPS,
+    PERIODS,
+    SOURCE,
+    prepared_forward,
+    run_backward,
+    run_forward,
+    run_stats,
+    source,
+)
 
 from spikecore.testing.cases import CASES
 from spikecore.testing.cases.bn_lif import CASE
@@ -71,7 +82,7 @@ def test_forward_accesses_are_coalesced(every_type, dtype):
 
 
 def test_without_a_defect_there_is_no_fault(library):
-    for size in (MAPS, PERIODS, (2, 3, 5, 33), (2, 3, 7, 3)):
+    for size in (MAPS, PERIODS, (2, 3, 5, 33), (2, 3, 7, 3), MANY, MANY_PERIODS):
         assert [run(library, size) for run in (run_stats, run_forward, run_backward)] == ["", "", ""], size
     assert run_backward(library) == ""
 
@@ -89,7 +100,7 @@ DEFECTS = {
     ),
     "parts in one place": (
         ("sums[blockIdx.y * g.places + place]", "sums[place]"),
-        run_stats,
+        lambda shim: run_stats(shim, MANY),
         "race: write of sums byte",
     ),
     "a row beyond its part": (
