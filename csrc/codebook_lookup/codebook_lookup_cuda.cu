@@ -8,9 +8,9 @@ namespace spk {
 namespace {
 
 constexpr int kBlock = 256;                          // threads that screen
-constexpr int kTile = 64, kDeep = 32, kOwn = 4;      // rows and codes of a tile, numbers of each at once, a thread's share
+constexpr int kTile = 128, kDeep = 16, kOwn = 8;     // rows and codes of a tile, numbers of each at once, a thread's share
 constexpr int kPitch = kTile + 4;                    // keeps stores of a transposed tile out of each other's banks
-constexpr int kSettle = 128;                         // threads of a row
+constexpr int kSettle = 256, kAtOnce = 4;            // threads of a row, codes that a warp reads at once
 constexpr int kBwdCodes = 16, kBwdColumns = 128;     // sums of a block
 constexpr int64_t kBlocks = 264, kSplitCodes = 512;  // blocks worth having; least codes of a part
 constexpr unsigned kAll = ~0u;
@@ -72,47 +72,66 @@ struct Best {
   }
 };
 
-// kTile rows of kDeep numbers of x, transposed into shared memory; zeros past the end.
+// kTile rows of kDeep numbers on their way into shared memory, where they lie transposed; zeros past the end.
 template <class T, int V>
-__device__ __forceinline__ void stage(float* to, const T* __restrict__ x, int64_t first, int64_t end, int64_t step, int64_t d0,
-                                      int64_t D) {
-  constexpr int kParts = kDeep / V;
+struct Piece {
+  static constexpr int kParts = kDeep / V, kCount = kTile * kParts / kBlock;
+  Vec<T, V> held[kCount];
+
+  __device__ __forceinline__ void fetch(const T* __restrict__ x, int64_t first, int64_t end, int64_t step, int64_t d0, int64_t D) {
 #pragma unroll
-  for (int j = threadIdx.x; j < kTile * kParts; j += kBlock) {
-    const int row = j / kParts, d = j % kParts * V;
-    float v[V];
-    if (first + row < end && d0 + d < D) {
-      const Vec<T, V> in = *reinterpret_cast<const Vec<T, V>*>(x + (first + row) * step + d0 + d);
-#pragma unroll
-      for (int i = 0; i < V; ++i) v[i] = load_float(in.d[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < V; ++i) v[i] = 0.f;
+    for (int j = 0; j < kCount; ++j) {
+      const int at = threadIdx.x + j * kBlock, row = at / kParts, d = at % kParts * V;
+      held[j] = {};
+      if (first + row < end && d0 + d < D) held[j] = *reinterpret_cast<const Vec<T, V>*>(x + (first + row) * step + d0 + d);
     }
-#pragma unroll
-    for (int i = 0; i < V; ++i) to[(d + i) * kPitch + row] = v[i];
   }
-}
+  __device__ __forceinline__ void put(float* to) const {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int at = threadIdx.x + j * kBlock, row = at / kParts, d = at % kParts * V;
+#pragma unroll
+      for (int i = 0; i < V; ++i) to[(d + i) * kPitch + row] = load_float(held[j].d[i]);
+    }
+  }
+};
+
+// Which of a tile's rows (or codes) is a thread's r-th: two runs of four, so that a warp's reads meet no bank twice.
+__device__ __forceinline__ int own(int thread, int r) { return r / 4 * (kTile / 2) + thread * 4 + r % 4; }
 
 // Block (x, y) owns kTile rows and part y of the codes, a thread kOwn rows and kOwn codes of each tile: walks the tiles of
-// codes, and in each the vectors by kDeep numbers; keeps the best and the second best of its rows in registers.
+// codes, and in each the vectors by kDeep numbers, of which the next come in meanwhile; keeps the best and the second
+// best of its rows in registers.
 template <class T, class C, int V>
-__global__ void __launch_bounds__(kBlock, 2) codebook_screen_kernel(const CodebookFwd p) {
-  SPK_SHARED(Float4, rows, [kDeep * kPitch / 4]);
-  SPK_SHARED(Float4, codes, [kDeep * kPitch / 4]);
+__global__ void __launch_bounds__(kBlock, 1) codebook_screen_kernel(const CodebookFwd p) {
+  constexpr int kHalf = kDeep * kPitch;  // floats of a buffer
+  SPK_SHARED(Float4, rows, [2 * kHalf / 4]);
+  SPK_SHARED(Float4, codes, [2 * kHalf / 4]);
   const T* __restrict__ z = static_cast<const T*>(p.z);      // [n, D]
   const C* __restrict__ c = static_cast<const C*>(p.codes);  // [K, D]
   const int64_t row0 = int64_t(blockIdx.x) * kTile, tiles = (p.K + kTile - 1) / kTile;
   const int64_t begin = tiles * blockIdx.y / gridDim.y * kTile, last = tiles * (blockIdx.y + 1) / gridDim.y * kTile;
   const int64_t end = last < p.K ? last : p.K;
-  const int mine = threadIdx.x / 16 * kOwn, theirs = threadIdx.x % 16 * kOwn;
+  const int mine = threadIdx.x / 16, theirs = threadIdx.x % 16;
   const float gamma = gamma_of(p.D), inf = __int_as_float(0x7f800000);
+  Piece<T, V> next_rows;
+  Piece<C, V> next_codes;
+  const auto fetch = [&](int64_t code0, int64_t d0) {
+    next_rows.fetch(z, row0, p.n, p.z_step, d0, p.D);
+    next_codes.fetch(c, code0, end, p.D, d0, p.D);
+  };
+  const auto put = [&](int buffer) {
+    next_rows.put(rows[0].d + buffer * kHalf);
+    next_codes.put(codes[0].d + buffer * kHalf);
+  };
   Best best[kOwn];
-  float norm[kOwn];
 #pragma unroll
-  for (int r = 0; r < kOwn; ++r) {
-    best[r] = {-inf, 0.f, -inf, -1};
-    norm[r] = row0 + mine + r < p.n ? p.z_norm[row0 + mine + r] : 0.f;
+  for (int r = 0; r < kOwn; ++r) best[r] = {-inf, 0.f, -inf, -1};
+  int buffer = 0;
+  if (begin < end) {
+    fetch(begin, 0);
+    put(0);
+    __syncthreads();
   }
   for (int64_t code0 = begin; code0 < end; code0 += kTile) {
     float sum[kOwn][kOwn];
@@ -121,27 +140,32 @@ __global__ void __launch_bounds__(kBlock, 2) codebook_screen_kernel(const Codebo
 #pragma unroll
       for (int k = 0; k < kOwn; ++k) sum[r][k] = 0.f;
     for (int64_t d0 = 0; d0 < p.D; d0 += kDeep) {
-      stage<T, V>(rows[0].d, z, row0, p.n, p.z_step, d0, p.D);
-      stage<C, V>(codes[0].d, c, code0, end, p.D, d0, p.D);
-      __syncthreads();
+      const bool deeper = d0 + kDeep < p.D, more = deeper || code0 + kTile < end;
+      if (more) fetch(deeper ? code0 : code0 + kTile, deeper ? d0 + kDeep : 0);
+      const Float4* const a_at = rows + buffer * (kHalf / 4) + mine;
+      const Float4* const b_at = codes + buffer * (kHalf / 4) + theirs;
 #pragma unroll 8
       for (int d = 0; d < kDeep; ++d) {
-        const Float4 a = rows[(d * kPitch + mine) / 4], b = codes[(d * kPitch + theirs) / 4];
+        const Float4 a[2] = {a_at[d * (kPitch / 4)], a_at[d * (kPitch / 4) + kTile / 8]};
+        const Float4 b[2] = {b_at[d * (kPitch / 4)], b_at[d * (kPitch / 4) + kTile / 8]};
 #pragma unroll
         for (int r = 0; r < kOwn; ++r)
 #pragma unroll
-          for (int k = 0; k < kOwn; ++k) sum[r][k] = __fmaf_rn(a.d[r], b.d[k], sum[r][k]);
+          for (int k = 0; k < kOwn; ++k) sum[r][k] = __fmaf_rn(a[r / 4].d[r % 4], b[k / 4].d[k % 4], sum[r][k]);
       }
+      buffer ^= 1;
+      if (more) put(buffer);
       __syncthreads();
     }
 #pragma unroll
     for (int k = 0; k < kOwn; ++k) {
-      const int64_t code = code0 + theirs + k;
+      const int64_t code = code0 + own(theirs, k);
       const float weight = code < end ? p.c_norm[code] : inf - inf;
       if (weight != weight) continue;
 #pragma unroll
       for (int r = 0; r < kOwn; ++r) {
-        const Scored s = scored(sum[r][k], norm[r], weight, gamma, p.metric, p.D);
+        const int64_t row = row0 + own(mine, r);
+        const Scored s = scored(sum[r][k], row < p.n ? p.z_norm[row] : 0.f, weight, gamma, p.metric, p.D);
         const float upper = s.value + s.error;
         best[r].meet(upper == upper ? upper : inf, s.error, int32_t(code));
       }
@@ -156,7 +180,7 @@ __global__ void __launch_bounds__(kBlock, 2) codebook_screen_kernel(const Codebo
       b.meet(other.upper, other.error, other.index);
       b.second = other.second > b.second ? other.second : b.second;
     }
-    const int64_t row = row0 + mine + r;
+    const int64_t row = row0 + own(mine, r);
     if (theirs == 0 && row < p.n) p.found[blockIdx.y * p.n + row] = {b.upper, b.upper - 2 * b.error, b.second, b.index};
   }
 }
@@ -208,16 +232,26 @@ __global__ void __launch_bounds__(kSettle) codebook_settle_kernel(const Codebook
     const int warp = threadIdx.x / 32;
     double best = -inf;
     int64_t at = -1;
-    for (int64_t j = warp; j < p.K; j += kSettle / 32) {
-      const C* c = codes + j * D;
-      const float weight = p.c_norm[j];
-      if (weight != weight) continue;
-      float sum = 0;
-      for (int64_t d = threadIdx.x % 32; d < D; d += 32) sum = __fmaf_rn(load_float(z[d]), load_float(c[d]), sum);
-      const Scored s = scored(add_lanes(sum), norm, weight, gamma, p.metric, D);
-      if (s.value + s.error < floor) continue;
-      const double exact = score(z, c, p.metric, D);
-      if (exact > best && exact - exact == 0) best = exact, at = j;
+    for (int64_t j0 = warp * kAtOnce; j0 < p.K; j0 += kSettle / 32 * kAtOnce) {
+      float sum[kAtOnce] = {};
+      const C* c[kAtOnce];
+#pragma unroll
+      for (int m = 0; m < kAtOnce; ++m) c[m] = codes + (j0 + m < p.K ? j0 + m : j0) * D;
+#pragma unroll 4
+      for (int64_t d = threadIdx.x % 32; d < D; d += 32) {
+        const float a = load_float(z[d]);
+#pragma unroll
+        for (int m = 0; m < kAtOnce; ++m) sum[m] = __fmaf_rn(a, load_float(c[m][d]), sum[m]);
+      }
+#pragma unroll
+      for (int m = 0; m < kAtOnce; ++m) {
+        const float product = add_lanes(sum[m]), weight = j0 + m < p.K ? p.c_norm[j0 + m] : inf - inf;
+        if (weight != weight) continue;
+        const Scored s = scored(product, norm, weight, gamma, p.metric, D);
+        if (s.value + s.error < floor) continue;
+        const double exact = score(z, c[m], p.metric, D);
+        if (exact > best && exact - exact == 0) best = exact, at = j0 + m;
+      }
     }
     if (threadIdx.x % 32 == 0) {
       scores[warp] = best;

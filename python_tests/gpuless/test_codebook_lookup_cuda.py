@@ -113,35 +113,38 @@ def run_backward(shim, n=300, K=40, D=130):
 
 def test_tiles_are_read_by_16_bytes(codebook_shim):
     """Screening reads z once and the codes once a tile of rows, by 16 bytes a thread; norms read them by floats."""
-    n, K, D = 64, 128, 64
+    n, K, D, tile, settle = 128, 256, 64, 128, 256
     assert run_forward(codebook_shim, n, K, D) == ""
-    tiles = n // 64
-    assert (
-        codebook_shim.count(False, 16) == (K // 64 * n * D + tiles * K * D) // 4 + 128 * n
-    )  # and what was found, by all of a row's
+    found = settle * n  # by all threads of a row
+    assert codebook_shim.count(False, 16) == (K // tile * n * D + n // tile * K * D) // 4 + found
     assert run_forward(codebook_shim, n, K, D + 1) == ""  # no multiple of 4: one number at a time
-    assert codebook_shim.count(False, 16) == 128 * n
+    assert codebook_shim.count(False, 16) == found
 
 
 # ---- planted defects
 
 DEFECTS = {
-    "no barrier after staging": (
-        ("d0, p.D);\n      __syncthreads();", "d0, p.D);"),
+    "no barrier after the first tile": (
+        ("put(0);\n    __syncthreads();", "put(0);"),
         run_forward,
         "race: .* shared memory",
     ),
-    "no barrier before the next tile": (
-        ("sum[r][k]);\n      }\n      __syncthreads();", "sum[r][k]);\n      }"),
+    "no barrier between tiles": (
+        ("if (more) put(buffer);\n      __syncthreads();", "if (more) put(buffer);"),
         run_forward,
         "race: .* shared memory",
     ),
+    "one buffer": (("buffer ^= 1;", ""), run_forward, "race: .* shared memory"),
     "rows past the end": (
         ("first + row < end && d0", "d0"),
         run_forward,
         "out of bounds read of 16 bytes at byte .* of ro_",
     ),
-    "numbers past the end": (("&& d0 + d < D)", ")"), run_forward, "out of bounds read .* of ro_|wrong indices"),
+    "numbers past the end": (
+        ("&& d0 + d < D) held", ") held"),
+        run_forward,
+        "out of bounds read .* of ro_|wrong indices",
+    ),
     "found of the wrong part": (
         ("p.found[blockIdx.y * p.n + row] = ", "p.found[blockIdx.y * p.n + row + 1] = "),
         run_forward,
@@ -200,8 +203,8 @@ def test_without_a_defect_there_is_no_fault(codebook_shim):
 
 # ---- compiled by nvcc
 
-# Registers a thread: of 65,536 on a multiprocessor. Two blocks of 256 screen there, four settle.
-MOST = {"codebook_norm": 64, "codebook_screen": 128, "codebook_settle": 128, "codebook_bwd": 64}
+# Registers a thread: of 65,536 on a multiprocessor. One block of 256 screens there, 64 sums a thread; two settle.
+MOST = {"codebook_norm": 64, "codebook_screen": 255, "codebook_settle": 128, "codebook_bwd": 64}
 
 
 @pytest.mark.slow
