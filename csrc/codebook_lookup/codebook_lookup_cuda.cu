@@ -1,8 +1,11 @@
-// codebook_lookup on a GPU. Norms first; then tiles of rows against tiles of codes in float, each thread with the best
-// and the second best of its rows in registers; then, row by row, scores in double of those codes that the rounding
-// errors leave in the race (the order of codebook_lookup_cpu.cpp's `sum`), and the chosen vector.
+// codebook_lookup on a GPU. Norms first; then tiles of rows against tiles of codes, in float or on tensor cores, each
+// thread with the best and the second best of its rows in registers; then, row by row, scores in double of those codes
+// that the rounding errors leave in the race (the order of codebook_lookup_cpu.cpp's `sum`), and the chosen vector.
+#include <type_traits>
+
 #include "codebook_lookup/codebook_lookup.h"
 #include "core/cuda.h"
+#include "core/mma.h"
 
 namespace spk {
 namespace {
@@ -15,6 +18,7 @@ constexpr int kBwdCodes = 16, kBwdColumns = 128;     // sums of a block
 constexpr int64_t kBlocks = 264, kSplitCodes = 512;  // blocks worth having; least codes of a part
 constexpr unsigned kAll = ~0u;
 using Float4 = Vec<float, 4>;
+using Word4 = Vec<uint32_t, 4>;
 
 // |product in float - product| <= gamma |z| |c|, with room for biases, scales and thresholds in float.
 __device__ __forceinline__ float gamma_of(int64_t D) { return float(2 * D + 16) * 0x1p-24f + 0x1p-17f; }
@@ -69,6 +73,15 @@ struct Best {
     } else {
       second = upper_ > second ? upper_ : second;
     }
+  }
+  __device__ __forceinline__ void join(const Best& other) {
+    meet(other.upper, other.error, other.index);
+    second = other.second > second ? other.second : second;
+  }
+  // That of the lane whose number differs by `flip`.
+  __device__ __forceinline__ Best from(int flip) const {
+    return {__shfl_xor_sync(kAll, upper, flip), __shfl_xor_sync(kAll, error, flip), __shfl_xor_sync(kAll, second, flip),
+            __shfl_xor_sync(kAll, index, flip)};
   }
 };
 
@@ -173,16 +186,117 @@ __global__ void __launch_bounds__(kBlock, 1) codebook_screen_kernel(const Codebo
   }
 #pragma unroll
   for (int r = 0; r < kOwn; ++r) {
-    Best b = best[r];
-    for (int width = 1; width < 16; width *= 2) {
-      const Best other = {__shfl_xor_sync(kAll, b.upper, width), __shfl_xor_sync(kAll, b.error, width),
-                          __shfl_xor_sync(kAll, b.second, width), __shfl_xor_sync(kAll, b.index, width)};
-      b.meet(other.upper, other.error, other.index);
-      b.second = other.second > b.second ? other.second : b.second;
-    }
+    Best& b = best[r];
+    for (int width = 1; width < 16; width *= 2) b.join(b.from(width));
     const int64_t row = row0 + own(mine, r);
     if (theirs == 0 && row < p.n) p.found[blockIdx.y * p.n + row] = {b.upper, b.upper - 2 * b.error, b.second, b.index};
   }
+}
+
+// The same of rows and codes in half precision, on tensor cores. Of a tile, a warp owns 64 rows and 32 codes: 4 by 4
+// products of 16 by 8, a thread 8 rows and 8 codes. Numbers pass as pairs in words.
+template <class T>
+__global__ void __launch_bounds__(kBlock, 1) codebook_mma_kernel(const CodebookFwd p) {
+  constexpr int kMmaDeep = 32, kMmaPitch = kMmaDeep + 8;  // the 8 lead rows past each other's banks
+  constexpr int kParts = kMmaDeep / 8, kCount = kTile * kParts / kBlock, kHalf = kTile * kMmaPitch / 8, kWarps = 4;
+  SPK_SHARED(Word4, rows, [2 * kHalf]);
+  SPK_SHARED(Word4, codes, [2 * kHalf]);
+  const T* __restrict__ z = static_cast<const T*>(p.z);      // [n, D]
+  const T* __restrict__ c = static_cast<const T*>(p.codes);  // [K, D]
+  const int64_t row0 = int64_t(blockIdx.x) * kTile, tiles = (p.K + kTile - 1) / kTile;
+  const int64_t begin = tiles * blockIdx.y / gridDim.y * kTile, last = tiles * (blockIdx.y + 1) / gridDim.y * kTile;
+  const int64_t end = last < p.K ? last : p.K;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int mine = warp / kWarps * 64 + g, theirs = warp % kWarps * 32;  // first row; first code of the warp
+  const float gamma = gamma_of(p.D), inf = __int_as_float(0x7f800000);
+  Word4 held[2][kCount];
+  const auto fetch = [&](int64_t code0, int64_t d0) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int at = threadIdx.x + j * kBlock, row = at / kParts;
+      const int64_t d = d0 + at % kParts * 8;
+      held[0][j] = held[1][j] = {};
+      if (row0 + row < p.n && d < p.D) held[0][j] = *reinterpret_cast<const Word4*>(z + (row0 + row) * p.z_step + d);
+      if (code0 + row < end && d < p.D) held[1][j] = *reinterpret_cast<const Word4*>(c + (code0 + row) * p.D + d);
+    }
+  };
+  const auto put = [&](int buffer) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const int at = threadIdx.x + j * kBlock, to = buffer * kHalf + at / kParts * (kMmaPitch / 8) + at % kParts;
+      rows[to] = held[0][j];
+      codes[to] = held[1][j];
+    }
+  };
+  Best best[kOwn];
+#pragma unroll
+  for (int r = 0; r < kOwn; ++r) best[r] = {-inf, 0.f, -inf, -1};
+  int buffer = 0;
+  if (begin < end) {
+    fetch(begin, 0);
+    put(0);
+    __syncthreads();
+  }
+  for (int64_t code0 = begin; code0 < end; code0 += kTile) {
+    float sum[4][4][4];
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[m][k][i] = 0.f;
+    for (int64_t d0 = 0; d0 < p.D; d0 += kMmaDeep) {
+      const bool deeper = d0 + kMmaDeep < p.D, more = deeper || code0 + kTile < end;
+      if (more) fetch(deeper ? code0 : code0 + kTile, deeper ? d0 + kMmaDeep : 0);
+      const uint32_t* const a_at = rows[buffer * kHalf].d + mine * (kMmaPitch / 2) + t;
+      const uint32_t* const b_at = codes[buffer * kHalf].d + (theirs + g) * (kMmaPitch / 2) + t;
+#pragma unroll
+      for (int d = 0; d < kMmaDeep / 2; d += 8) {
+        uint32_t a[4][4], b[4][2];
+#pragma unroll
+        for (int m = 0; m < 4; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[m][i] = a_at[(m * 16 + i % 2 * 8) * (kMmaPitch / 2) + d + i / 2 * 4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) b[k][i] = b_at[k * 8 * (kMmaPitch / 2) + d + i * 4];
+#pragma unroll
+        for (int m = 0; m < 4; ++m)
+#pragma unroll
+          for (int k = 0; k < 4; ++k) mma_16816<T>(sum[m][k], a[m], b[k]);
+      }
+      buffer ^= 1;
+      if (more) put(buffer);
+      __syncthreads();
+    }
+#pragma unroll
+    for (int k = 0; k < kOwn; ++k) {
+      const int64_t code = code0 + theirs + k / 2 * 8 + t * 2 + k % 2;
+      const float weight = code < end ? p.c_norm[code] : inf - inf;
+      if (weight != weight) continue;
+#pragma unroll
+      for (int r = 0; r < kOwn; ++r) {
+        const int64_t row = row0 + mine + r * 8;
+        const Scored s =
+            scored(sum[r / 2][k / 2][r % 2 * 2 + k % 2], row < p.n ? p.z_norm[row] : 0.f, weight, gamma, p.metric, p.D);
+        const float upper = s.value + s.error;
+        best[r].meet(upper == upper ? upper : inf, s.error, int32_t(code));
+      }
+    }
+  }
+  Best* const of_warps = reinterpret_cast<Best*>(rows);  // [kWarps, kTile]; the last barrier left it free
+#pragma unroll
+  for (int r = 0; r < kOwn; ++r) {
+    for (int width = 1; width < 4; width *= 2) best[r].join(best[r].from(width));
+    if (t == 0) of_warps[warp % kWarps * kTile + mine + r * 8] = best[r];
+  }
+  __syncthreads();
+  const int64_t row = row0 + threadIdx.x;
+  if (threadIdx.x >= kTile || row >= p.n) return;
+  Best b = of_warps[threadIdx.x];
+  for (int w = 1; w < kWarps; ++w) b.join(of_warps[w * kTile + threadIdx.x]);
+  p.found[blockIdx.y * p.n + row] = {b.upper, b.upper - 2 * b.error, b.second, b.index};
 }
 
 // The score of a code by a warp, in the order of the CPU's.
@@ -324,10 +438,17 @@ int forward(const CodebookFwd& p, void* stream) {
   norms<T>(p.z, p.n, p.D, p.z_step, false, p.z_norm, p.bad_z, stream);
   norms<C>(p.codes, p.K, p.D, p.D, p.metric == Metric::cosine, p.c_norm, p.bad_c, stream);
   const dim3 grid(blocks(p.n, kTile), unsigned(p.splits));
-  if (vector)
-    SPK_LAUNCH((codebook_screen_kernel<T, C, V>), grid, dim3(kBlock), 0, stream, p);
-  else
-    SPK_LAUNCH((codebook_screen_kernel<T, C, 1>), grid, dim3(kBlock), 0, stream, p);
+  if constexpr (std::is_same_v<T, C> && sizeof(T) == 2) {
+    if (vector)
+      SPK_LAUNCH((codebook_mma_kernel<T>), grid, dim3(kBlock), 0, stream, p);
+    else
+      SPK_LAUNCH((codebook_screen_kernel<T, C, 1>), grid, dim3(kBlock), 0, stream, p);
+  } else {
+    if (vector)
+      SPK_LAUNCH((codebook_screen_kernel<T, C, V>), grid, dim3(kBlock), 0, stream, p);
+    else
+      SPK_LAUNCH((codebook_screen_kernel<T, C, 1>), grid, dim3(kBlock), 0, stream, p);
+  }
   SPK_LAUNCH((codebook_settle_kernel<T, C>), dim3(unsigned(p.n)), dim3(kSettle), 0, stream, p);
   return SPK_LAST_ERROR();
 }

@@ -72,13 +72,13 @@ def backward_parameters(buffers: dict[str, torch.Tensor]) -> CodebookBwd:
     return p
 
 
-def source(edits: Sequence[tuple[str, str]] = (), halves: bool = False) -> str:
-    """codebook_lookup_cuda.cu, for float32 alone (compiling takes the time), and the given text replaced."""
+def source(edits: Sequence[tuple[str, str]] = (), types: str = "float") -> str:
+    """codebook_lookup_cuda.cu for "float" or "__half" alone (compiling takes the time) or "all", given text replaced."""
     text = SOURCE.read_text()
-    if not halves:
+    if types != "all":
         text, n = re.subn(
-            r"    case DType::bf16: return wide.*?;\n    default: return wide.*?;\n",
-            "    default: return 0;\n",
+            r"    case DType::f32: return (\w+)<.*?default: return wide.*?;\n",
+            rf"    default: return \1<{types}, {types}>(p, stream);\n",
             text,
             flags=re.S,
         )
@@ -94,7 +94,7 @@ def codebook_facts(archs: Sequence[int], halves: bool = True) -> list[aot.Facts]
     """Every kernel as compiled for `archs`, warnings as errors; names as in "codebook_screen float float x 4"."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / SOURCE.name
-        path.write_text(source(halves=halves))
+        path.write_text(source(types="all" if halves else "float"))
         facts = aot.nvcc_facts(path, archs, [shim.CSRC], NVCC)
     return [aot.replace(f, name=_plain(f.name)) for f in facts]
 

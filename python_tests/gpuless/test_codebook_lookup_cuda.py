@@ -85,8 +85,8 @@ def test_a_difference_is_seen(shim_library):
 # ---- memory accesses
 
 
-def run_forward(shim, n=70, K=130, D=40, splits=1, coalescing=False, metric=0, ties=False):
-    a = problem(n, K, D).arguments
+def run_forward(shim, n=70, K=130, D=40, splits=1, coalescing=False, metric=0, ties=False, dtype=torch.float32):
+    a = problem(n, K, D, dtype).arguments
     if ties:
         a["codebook"][K // 2 :] = a["codebook"][: K - K // 2].clone()
     buffers = forward_buffers(a["z"], a["codebook"], splits)
@@ -184,14 +184,48 @@ DEFECTS = {
 }
 
 
+def run_half(shim):
+    return run_forward(shim, n=150, K=261, dtype=torch.float16)
+
+
+# Of the kernel for tensor cores, where its text is its own.
+HALF_DEFECTS = {
+    "half: rows past the end": (
+        ("row0 + row < p.n && d < p.D", "d < p.D"),
+        "out of bounds read of 16 bytes at byte .* of ro_z",
+    ),
+    "half: codes past the end": (
+        ("code0 + row < end && d < p.D", "d < p.D"),
+        "out of bounds read of 16 bytes at byte .* of ro_codes",
+    ),
+    "half: no barrier before the warps' best": (
+        ("= best[r];\n  }\n  __syncthreads();", "= best[r];\n  }"),
+        "race: .* shared memory",
+    ),
+    "half: pairs of another row": (("+ (theirs + g) *", "+ (theirs + (g ^ 1)) *"), "wrong indices"),
+    "half: sums of another code": (("r % 2 * 2 + k % 2]", "r % 2 * 2 + (k + 1) % 2]"), "wrong indices"),
+    "half: one warp's codes alone": (("w < kWarps; ++w) b.join", "w < 1; ++w) b.join"), "wrong indices"),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("defect", DEFECTS)
+@pytest.mark.parametrize("defect", [*DEFECTS, *HALF_DEFECTS])
 def test_a_planted_defect_is_found(folder, defect):
-    edit, run, message = DEFECTS[defect]
+    half = defect in HALF_DEFECTS
+    edit, run, message = (HALF_DEFECTS[defect][0], run_half, HALF_DEFECTS[defect][1]) if half else DEFECTS[defect]
     path = folder / f"{re.sub(r'[^a-z]', '_', defect)}.cu"
-    path.write_text(codebook_on_shim.source([edit]))
+    path.write_text(codebook_on_shim.source([edit], "__half" if half else "float"))
     found = run(Shim(build([path], folder)))
     assert re.search(message, found), found
+
+
+def test_tensor_cores_without_a_defect(folder):
+    path = folder / "half_only.cu"
+    path.write_text(codebook_on_shim.source(types="__half"))
+    half = Shim(build([path], folder))
+    assert run_half(half) == ""
+    for metric in range(3):
+        assert run_forward(half, K=131, D=72, metric=metric, ties=True, dtype=torch.float16) == ""
 
 
 def test_without_a_defect_there_is_no_fault(codebook_shim):
@@ -204,7 +238,7 @@ def test_without_a_defect_there_is_no_fault(codebook_shim):
 # ---- compiled by nvcc
 
 # Registers a thread: of 65,536 on a multiprocessor. One block of 256 screens there, 64 sums a thread; two settle.
-MOST = {"codebook_norm": 64, "codebook_screen": 255, "codebook_settle": 128, "codebook_bwd": 64}
+MOST = {"codebook_norm": 64, "codebook_screen": 255, "codebook_mma": 255, "codebook_settle": 128, "codebook_bwd": 64}
 
 
 @pytest.mark.slow
@@ -216,7 +250,8 @@ def test_compiled_kernels():
         kind = f.name.split()[0]
         assert (f.spills, f.stack, f.local) == (0, 0, 0), (f.name, f.arch)
         assert f.registers <= MOST[kind], (f.name, f.arch, f.registers)
-        if re.search(" x [48]$", f.name):
+        if re.search(" x [48]$|_mma", f.name):
             assert f.ldg128, (f.name, f.arch)
+        assert bool(re.search(r"\bHMMA\.16816\.F32", f.sass)) == (kind == "codebook_mma"), (f.name, f.arch)
         if kind == "codebook_screen":
             assert len(re.findall(r"\bLDS\.128", f.sass)) >= 2 * 8, (f.name, f.arch)

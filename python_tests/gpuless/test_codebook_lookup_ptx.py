@@ -48,7 +48,7 @@ def test_nvcc_forward(ptx, V):
     seen = read_only(buffers, "z", "codes", "z_norm", "c_norm")
     ptxvm.launch(ptxvm.Kernel(ptx, f"codebook_screen_kernelIffLi{V}E"), 1, 256, [p], buffers=seen)
     seen = read_only(buffers, "z", "codes", "z_norm", "c_norm", "found")
-    ptxvm.launch(ptxvm.Kernel(ptx, "codebook_settle_kernelIff"), N, 128, [p], buffers=seen)
+    ptxvm.launch(ptxvm.Kernel(ptx, "codebook_settle_kernelIff"), N, 256, [p], buffers=seen)
     indices, values = codebook_lookup(z, codes)
     assert torch.equal(buffers["indices"], indices)
     assert torch.equal(buffers["values"], values)
