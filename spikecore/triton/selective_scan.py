@@ -38,7 +38,7 @@ def _exp(x):
 def _softplus(x):
     # log(1 + e) = 2 atanh(e / (2 + e)), as scan.h has it.
     e = _exp(-tl.abs(x))
-    s = e / (2.0 + e)
+    s = tl.div_rn(e, 2.0 + e)  # "/" errs by two units, which long sums would show
     t = s * s
     p = t * 2.8011985677e-1 + 2.8001805513e-1
     p = p * t + 4.0021527224e-1
@@ -48,7 +48,7 @@ def _softplus(x):
 
 @triton.jit
 def _sigmoid(x):
-    return 1 / (1 + _exp(-x))
+    return tl.div_rn(1.0, 1 + _exp(-x))
 
 
 @triton.jit
@@ -162,6 +162,9 @@ def selective_scan_bwd_kernel(
         first = (segments - 1 - back) * SEG
         n = tl.minimum(L - first, SEG)
         b_h = tl.load(starts + (first // SEG) * (BC * BS) + place)
+        part_A = tl.zeros([BC, BS], tl.float32)  # a segment's sums apart: one long sum in float32 would err more
+        part_D = tl.zeros([BC], tl.float32)
+        part_bias = tl.zeros([BC], tl.float32)
         for j in range(n):  # kept: the state before each step
             tl.store(kept + j * (BC * BS) + place, b_h)
             l = first + j
@@ -196,15 +199,18 @@ def selective_scan_bwd_kernel(
             b_g_du = tl.sum(b_g * b_B[None, :], 1)
             b_g = b_g * _exp(b_dt[:, None] * b_A)
             b_exponent = b_g * b_before
-            sum_A += b_exponent * b_dt[:, None]
+            part_A += b_exponent * b_dt[:, None]
             b_g_delta = tl.sum(b_exponent * b_A, 1) + b_g_du * b_u
             if SOFTPLUS:
                 b_g_delta = b_g_delta * _sigmoid(b_delta)
-            sum_bias += b_g_delta
-            sum_D += b_g_y * b_u
+            part_bias += b_g_delta
+            part_D += b_g_y * b_u
             b_g_u = b_g_du * b_dt + b_g_y * b_D
             tl.store(p_g_u + row * L + l, b_g_u.to(p_g_u.dtype.element_ty), mask=mask)
             tl.store(p_g_delta + row * L + l, b_g_delta.to(p_g_delta.dtype.element_ty), mask=mask)
+        sum_A += part_A
+        sum_D += part_D
+        sum_bias += part_bias
     tl.store(p_g_A + states, sum_A, mask=tile)
     if D:
         tl.store(p_g_D + row, sum_D, mask=mask)
