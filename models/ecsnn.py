@@ -186,5 +186,5 @@ def _variant(name: str, **settings: Any) -> None:
 for _name, (_layers, _hidden) in ARCHITECTURES.items():
     _variant(f"ecsnn_{_name}", layers=_layers, hidden=_hidden)
     _variant(f"ecsnn_{_name}_ann", layers=_layers, hidden=_hidden, spiking=False, T=1)
-# Not of the paper: 99,232 parameters on 8x8 gray images, for tests and `spikecore quickstart`.
+# Not of the paper: 99,232 parameters on 8x8 gray images, for tests.
 _variant("ecsnn_vgg_test", layers="32 32 P 64 64 P", hidden=(128,), in_chans=1, img_size=8, T=4, step_norm=False)

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="say what is installed and what runs here")
     doctor.set_defaults(run=_doctor)
 
-    quickstart = commands.add_parser("quickstart", help="train a small spiking VGG on handwritten digits, in a minute")
+    quickstart = commands.add_parser("quickstart", help="train a small QKFormer on handwritten digits, in a minute")
     quickstart.add_argument("--out", default="runs/quickstart", metavar="FOLDER", help="default: %(default)s")
     quickstart.add_argument(
         "--seeds", type=_positive, default=1, metavar="N", help="train seeds 0 to N - 1; default: 1"

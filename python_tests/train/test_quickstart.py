@@ -14,6 +14,7 @@ load_file = pytest.importorskip("safetensors.torch").load_file
 pytest.importorskip("tqdm")
 
 from spikecore.data import load_digits  # noqa: E402
+from spikecore.energy import estimate_energy  # noqa: E402
 from spikecore.models import create_model  # noqa: E402
 from spikecore.train import quickstart as module  # noqa: E402
 from spikecore.train.quickstart import quickstart  # noqa: E402
@@ -68,7 +69,7 @@ def test_two_epochs_learn_and_leave_everything(tmp_path):
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
 
     # the weights of the file are those the accuracy was measured with
-    model = create_model(config["model"])
+    model = create_model(config["model"], **config["model_kwargs"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
     d = load_digits()
     accuracy = (module.predict(model, d.x_test).argmax(1) == d.y_test).double().mean().item()
@@ -160,21 +161,61 @@ class Launched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def firing():
+    """The network in float64, with shifts that let every layer fire."""
+    torch.manual_seed(0)
+    net = create_model(module.MODEL, **module.MODEL_KWARGS).double()
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(m.bias, 0.0, 2.0)
+    return net
+
+
+def test_small_enough():
+    assert sum(p.numel() for p in create_model(module.MODEL, **module.MODEL_KWARGS).parameters()) < 1_000_000
+
+
 def test_throughput_is_of_kernels_and_of_loops(few_digits):
-    net = create_model(module.MODEL, dropout=0.0)
+    net = create_model(module.MODEL, **module.MODEL_KWARGS)
     fused, loop = module._throughput(net, few_digits, module.Recipe(), torch.device("cpu"))
     assert fused > 0
     assert loop > 0
-    loops, x = module._with_loops(net), few_digits.x_train[:4]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_loops_compute_what_the_kernels_do(few_digits, firing, training):
+    loops, x = module._with_loops(firing), few_digits.x_train[:4].double()
     with Launched() as of_kernels:
-        out = net(x)
+        out = firing.train(training)(x)
+        out.square().sum().backward()
+    assert {name.split(".")[0] for name in of_kernels.names} == {
+        f"{op}_{way}"
+        for op in ("bn_lif", "lif", "qk_attention", "spiking_self_attention")
+        for way in ("fwd", "bwd")
+    }  # fmt: skip
     with Launched() as of_loops:
-        torch.testing.assert_close(loops(x), out)
-    assert of_kernels.names
+        again = loops.train(training)(x)
+        again.square().sum().backward()
     assert not of_loops.names
-    x = torch.randint(0, 128, (4, 2, 3, 5, 5)) / 64.0
-    neuron = net.conv_fc[2]
-    assert torch.equal(module._loop(neuron, x), neuron(x))
+    torch.testing.assert_close(again, out)
+    assert all(rate > 0 for rate in estimate_energy(firing, x).firing_rates.values())
+    for (name, p), q in zip(firing.named_parameters(), loops.parameters(), strict=True):
+        # a bias before a norm of the batch has no gradient but rounding
+        torch.testing.assert_close(q.grad, p.grad, atol=1e-10, rtol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_each_layer_of_the_table_has_its_own_neurons_rate(few_digits, firing):
+    report = estimate_energy(firing, few_digits.x_test.double())
+    *layers, head = [layer.name for layer in report.layers]
+    assert head == "head"
+
+    def behind(layer):
+        if layer.endswith(".attn"):
+            return f"{layer}.attn_lif"
+        return layer.replace(".proj.0", ".lif") if ".attn.proj." in layer else f"{layer.removesuffix('.0')}_lif"
+
+    assert [behind(layer) for layer in layers] == list(report.firing_rates)
 
 
 def test_shift_moves_by_at_most_one_pixel():

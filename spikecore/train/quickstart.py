@@ -1,10 +1,11 @@
-"""`spikecore quickstart`: a small spiking VGG on real handwritten digits, trained and measured in a minute."""
+"""`spikecore quickstart`: a small QKFormer on real handwritten digits, trained and measured in a minute."""
 
 import copy
 import csv
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -24,8 +25,11 @@ from spikecore._backend import backend_info
 from spikecore.data.digits import Digits, load_digits
 from spikecore.energy import PJ_PER_AC, PJ_PER_MAC, EnergyReport, estimate_energy
 from spikecore.models import create_model
+from spikecore.models._base import fire, over_time
+from spikecore.models._transformer import SelfAttention
+from spikecore.models.qkformer import TokenAttention
 from spikecore.neurons import Neuron
-from spikecore.ops.lif import lif_ref
+from spikecore.ops import lif_ref, qk_attention_ref, spiking_self_attention_ref
 from spikecore.train.files import prepare_folder, replace_file
 
 try:
@@ -38,7 +42,8 @@ except ImportError as e:
 
 __all__ = ["Outcome", "Recipe", "quickstart"]
 
-MODEL = "ecsnn_vgg_test"
+MODEL = "qkformer_test"
+MODEL_KWARGS = {"stem": "cifar", "depth": 3, "embed_dim": 96, "T": 2, "in_chans": 1, "num_classes": 10}
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,6 @@ class Recipe:
     lr: float = 5e-3  # peak of a one-cycle schedule
     weight_decay: float = 1e-2
     label_smoothing: float = 0.1
-    dropout: float = 0.2  # the paper's 0.5 is for its wider layers
     shift: int = 1  # training images are moved by up to so many pixels either way
 
 
@@ -128,7 +132,7 @@ def _train(
     """Yields the network and its metrics after each epoch; `tick` is called after each batch."""
     torch.manual_seed(seed)
     random = torch.Generator().manual_seed(seed)
-    net = create_model(MODEL, dropout=recipe.dropout).to(device)
+    net = create_model(MODEL, **MODEL_KWARGS).to(device)
     x, y = digits.x_train.to(device), digits.y_train.to(device)
     optimizer, scheduler = _optimizer(net, recipe, steps=recipe.epochs * -(-len(y) // recipe.batch))
     for epoch in range(1, recipe.epochs + 1):
@@ -205,7 +209,7 @@ def _measure(net: nn.Module, digits: Digits, recipe: Recipe, device: torch.devic
 
 
 def _throughput(net: nn.Module, digits: Digits, recipe: Recipe, device: torch.device) -> tuple[float, float]:
-    """Training samples/s with the fused neurons and with the same formulas as a PyTorch loop, measured in turns."""
+    """Training samples/s with the fused operators and with the same formulas in plain PyTorch, measured in turns."""
     contestants = [(n, _optimizer(n, recipe, steps=1)[0]) for n in (copy.deepcopy(net), _with_loops(net))]
     x, y = digits.x_train[: recipe.batch].to(device), digits.y_train[: recipe.batch].to(device)
     seconds: list[list[float]] = [[], []]
@@ -222,18 +226,34 @@ def _throughput(net: nn.Module, digits: Digits, recipe: Recipe, device: torch.de
 
 
 def _with_loops(net: nn.Module) -> nn.Module:
-    """A copy whose neurons are PyTorch loops, behind batch norms of their own."""
+    """A copy in plain PyTorch: neurons are loops over time behind batch norms of their own, attentions matrix products
+    between such neurons."""
     net = copy.deepcopy(net)
-    for neuron in net.modules():
-        if isinstance(neuron, Neuron):
-            neuron.forward = functools.partial(_loop, neuron)  # type: ignore[method-assign]
+    for m in net.modules():
+        if isinstance(m, Neuron):
+            m.forward = functools.partial(_loop, m)  # type: ignore[method-assign]
+        elif isinstance(m, TokenAttention):
+            m.forward = functools.partial(_token_attention, m)  # type: ignore[method-assign]
+        elif isinstance(m, SelfAttention):
+            m.attend = functools.partial(_attend, m)  # type: ignore[method-assign]
     return net
 
 
 def _loop(neuron: Neuron, x: Tensor, norm: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
     if norm is not None:
-        x = norm(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        x = over_time(norm, x)
     return lif_ref(x if residual is None else x + residual, **neuron.constants())[0]
+
+
+def _token_attention(attention: TokenAttention, x: Tensor) -> Tensor:
+    q, k = attention.currents(x)
+    y = qk_attention_ref(q, k, "token", attention.attn_lif, attention.qkv_lif)
+    return fire(y.reshape(x.shape), attention.proj, attention.lif)
+
+
+def _attend(attention: SelfAttention, x: Tensor) -> Tensor:
+    q, k, v = attention.currents(x)
+    return spiking_self_attention_ref(q, k, v, 0.125, attention.attn_lif, attention.qkv_lif).reshape(x.shape)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -258,6 +278,7 @@ def _write(
     weights = {run.file: hashlib.sha256(run.weights).hexdigest() for run in runs}
     config = {
         "model": MODEL,
+        "model_kwargs": MODEL_KWARGS,
         "recipe": asdict(recipe),
         "data": {
             "name": "scikit-learn digits",
@@ -317,18 +338,20 @@ def _table(out: Path, runs: list[Run], measured: dict[str, Any], weights: dict[s
     energy: EnergyReport = measured["energy"]
     accuracies = [run.rows[-1]["test_accuracy"] for run in runs]
     wrong = [round((1 - a) * n_test) for a in accuracies]
-    head = f"{'layer':<22}{'input rate':>11}{'fires':>8}{'MACs':>10}{'ACs':>10}{'nJ':>9}"
+    names = [f"{layer.name} {layer.layer}" for layer in energy.layers]
+    width = max(map(len, names)) + 1
+    head = f"{'layer':<{width}}{'input rate':>11}{'fires':>8}{'MACs':>11}{'ACs':>11}{'nJ':>9}"
     lines = ["", "per test image, summed over the time steps", "", head, "-" * len(head)]
-    neurons = iter(energy.firing_rates.values())
-    for layer in energy.layers:
-        fires = f"{next(neurons):.1%}" if layer.layer.startswith("Conv") else ""
+    # Behind every layer but the last stands one neuron layer; both are listed in the order in which they run.
+    for name, layer, rate in itertools.zip_longest(names, energy.layers, energy.firing_rates.values()):
+        fires = "" if rate is None else f"{rate:.1%}"
         lines.append(
-            f"{layer.name + ' ' + layer.layer:<22}{layer.rate:>11.1%}{fires:>8}{layer.macs:>10,.0f}{layer.acs:>10,.0f}"
+            f"{name:<{width}}{layer.rate:>11.1%}{fires:>8}{layer.macs:>11,.0f}{layer.acs:>11,.0f}"
             f"{layer.energy_pj * 1e-3:>9.1f}"
         )
     lines += [
         "-" * len(head),
-        f"{'total':<22}{'':>19}{energy.macs:>10,.0f}{energy.acs:>10,.0f}{energy.energy_pj * 1e-3:>9.1f}",
+        f"{'total':<{width}}{'':>19}{energy.macs:>11,.0f}{energy.acs:>11,.0f}{energy.energy_pj * 1e-3:>9.1f}",
         f"energy: {PJ_PER_MAC} pJ per MAC, {PJ_PER_AC} pJ per AC (45 nm, Horowitz 2014)",
         "",
     ]
