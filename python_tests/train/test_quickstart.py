@@ -55,14 +55,14 @@ def test_digits_are_split_as_documented():
     assert (share - 0.2).abs().max() < 0.005
 
 
-def test_two_epochs_learn_and_leave_everything(tmp_path):
-    outcome = quickstart(tmp_path / "a" / "b", epochs=2)
+def test_four_epochs_learn_and_leave_everything(tmp_path):
+    outcome = quickstart(tmp_path / "a" / "b", epochs=4)
     folder = tmp_path / "a" / "b"
     assert outcome.finished
     assert {p.name for p in folder.iterdir()} == FILES
     config, rows = config_of(folder), rows_of(folder)
     assert config["finished"]
-    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
     assert config["data"]["split_sha256"] == load_digits().split_sha256
     assert config["versions"]["torch"] == torch.__version__
     check_weights(folder)
