@@ -82,7 +82,7 @@ def test_a_part_of_a_transformer_learns_images(folder_of, tmp_path, request):
 
 
 def test_a_part_of_a_transformer_learns_digits(tmp_path):
-    assert accuracy("qkformer_test_digits", tmp_path / "run", "epochs=8", "val_interval=8") > 0.5
+    assert accuracy("qkformer_test_digits", tmp_path / "run", "epochs=8", "warmup_epochs=2", "val_interval=8") > 0.5
 
 
 def test_a_student_learns_from_the_teacher_before_it(folder_of, tmp_path):
