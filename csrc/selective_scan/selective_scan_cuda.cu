@@ -11,34 +11,41 @@ namespace {
 constexpr int kFwdWarps = 4, kBwdWarps = 8;  // channels of a block
 constexpr int kReduceBlock = 256;
 constexpr unsigned kAll = ~0u;
+using Four = Vec<float, 4>;
 
-// I neighbouring steps of a row from l on, as one access of 16 bytes where VECTOR (then I divides L); 0 beyond L.
+// I neighbouring steps, of which `left` are left of the row; as one access of 16 bytes where VECTOR (then I divides L). 0
+// beyond the row.
 template <class T>
 constexpr int kItems = 16 / sizeof(T);
 template <bool VECTOR, class T, int I>
-__device__ __forceinline__ void load(float (&d)[I], const T* __restrict__ row, int64_t l, int64_t L) {
+__device__ __forceinline__ void load(float (&d)[I], const T* __restrict__ at, int left) {
   if (VECTOR) {
     Vec<T, I> in = {};
-    if (l < L) in = *reinterpret_cast<const Vec<T, I>*>(row + l);
+    if (left > 0) in = *reinterpret_cast<const Vec<T, I>*>(at);
 #pragma unroll
     for (int i = 0; i < I; ++i) d[i] = load_float<T>(in.d[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < I; ++i) d[i] = l + i < L ? load_float<T>(row[l + i]) : 0.f;
+    for (int i = 0; i < I; ++i) d[i] = i < left ? load_float<T>(at[i]) : 0.f;
   }
 }
 template <bool VECTOR, class T, int I>
-__device__ __forceinline__ void store(T* __restrict__ row, const float (&d)[I], int64_t l, int64_t L) {
+__device__ __forceinline__ void store(T* __restrict__ at, const float (&d)[I], int left) {
   if (VECTOR) {
     Vec<T, I> out;
 #pragma unroll
     for (int i = 0; i < I; ++i) out.d[i] = store_float<T>(d[i]);
-    if (l < L) *reinterpret_cast<Vec<T, I>*>(row + l) = out;
+    if (left > 0) *reinterpret_cast<Vec<T, I>*>(at) = out;
   } else {
 #pragma unroll
     for (int i = 0; i < I; ++i)
-      if (l + i < L) row[l + i] = store_float<T>(d[i]);
+      if (i < left) at[i] = store_float<T>(d[i]);
   }
+}
+// How many of the I steps from l on are within the row.
+template <int I>
+__device__ __forceinline__ int steps_left(int64_t l, int64_t L) {
+  return L - l >= I ? I : L > l ? int(L - l) : 0;
 }
 
 // One channel of one sample, and the rows it reads.
@@ -49,7 +56,10 @@ struct Channel {
   const float* A;  // [S]
   float bias, skip;
 
-  __device__ Channel(const SelectiveScan& p, int64_t b_, int64_t c_) : b(b_), c(c_), at(b_ * p.C + c_) {
+  __device__ void set(const SelectiveScan& p, int64_t b_, int64_t c_) {
+    b = b_;
+    c = c_;
+    at = b * p.C + c;
     const auto row = [&](const ScanRows& r) { return static_cast<const T*>(r.data) + b * r.batch + c * r.row; };
     const int64_t g = c / (p.C / p.G);
     u = row(p.u);
@@ -63,64 +73,95 @@ struct Channel {
   }
 };
 
-// dt and dt u of a lane's steps; beyond L both are 0, which leaves the state as it is.
+// dt, dt u and u of a lane's steps; beyond the row dt is 0, which leaves the state as it is.
 template <bool VECTOR, class T, int I>
-__device__ __forceinline__ void load_steps(float (&dt)[I], float (&du)[I], float (&u)[I], float (&delta)[I], const Channel<T>& k,
-                                           const SelectiveScan& p, int64_t l) {
-  load<VECTOR>(u, k.u, l, p.L);
-  load<VECTOR>(delta, k.delta, l, p.L);
+__device__ __forceinline__ void load_steps(float (&dt)[I], float (&du)[I], float (&u)[I], const Channel<T>& k, const SelectiveScan& p,
+                                           int64_t l, int left) {
+  load<VECTOR>(u, k.u + l, left);
+  load<VECTOR>(dt, k.delta + l, left);
+#pragma unroll
+  for (int i = 0; i < I; ++i) dt[i] += k.bias;
+  if (p.softplus) {
+#pragma unroll
+    for (int i = 0; i < I; ++i) dt[i] = softplus(dt[i]);
+  }
 #pragma unroll
   for (int i = 0; i < I; ++i) {
-    delta[i] += k.bias;
-    dt[i] = l + i >= p.L ? 0.f : p.softplus ? softplus(delta[i]) : delta[i];
+    if (i >= left) dt[i] = 0;
     du[i] = dt[i] * u[i];
   }
 }
 
-// The state before a lane's first step, from that before lane 0's: a scan of (decay, x) over the lanes of the warp.
+// What steps make of a state h: A h + X.
 template <int I>
-__device__ __forceinline__ float scan_lanes(const float (&a)[I], const float (&x)[I], float h) {
-  const int lane = threadIdx.x % 32;
-  float A = a[0], X = x[0];
+__device__ __forceinline__ void join_steps(float& A, float& X, const float (&a)[I], const float (&x)[I]) {
+  A = a[0];
+  X = x[0];
 #pragma unroll
   for (int i = 1; i < I; ++i) {
     X = scan_step(X, a[i], x[i]);
     A = join_decay(A, a[i]);
   }
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const float earlier_A = __shfl_up_sync(kAll, A, d), earlier_X = __shfl_up_sync(kAll, X, d);
-    if (lane >= d) {
-      X = scan_step(earlier_X, A, X);
-      A = join_decay(earlier_A, A);
-    }
-  }
-  A = __shfl_up_sync(kAll, A, 1);
-  X = __shfl_up_sync(kAll, X, 1);
-  return lane > 0 ? scan_step(h, A, X) : h;
 }
-// The same from the end: the gradient that comes back to a lane's last step, from that to lane 31's. What comes back
-// from a step is a (g + c), where g comes back to it and c = g_y C is its own.
-template <int I>
-__device__ __forceinline__ float scan_lanes_back(const float (&a)[I], const float (&c)[I], float g) {
-  const int lane = threadIdx.x % 32;
-  float A = a[I - 1], X = a[I - 1] * c[I - 1];
-#pragma unroll
-  for (int i = I - 2; i >= 0; --i) {
-    X = a[i] * (X + c[i]);
-    A = join_decay(A, a[i]);
-  }
+// The same of all lanes' steps; only lane 0's result is right.
+__device__ __forceinline__ void join_lanes(float& A, float& X) {
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
     const float later_A = __shfl_down_sync(kAll, A, d), later_X = __shfl_down_sync(kAll, X, d);
-    if (lane + d < 32) {
-      X = scan_step(later_X, A, X);
-      A = join_decay(later_A, A);
+    X = scan_step(X, later_A, later_X);
+    A = join_decay(A, later_A);
+  }
+}
+
+// The state before a lane's first step, from h, that before lane 0's: a scan of (decay, x) over the lanes of the warp.
+// h goes into what lane 0 passes on, so the decays need no last step of the scan.
+template <int I>
+__device__ __forceinline__ float scan_lanes(const float (&a)[I], const float (&x)[I], float h) {
+  const int lane = threadIdx.x % 32;
+  float A, X;
+  join_steps(A, X, a, x);
+  if (lane == 0) X = scan_step(h, A, X);
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const float earlier_X = __shfl_up_sync(kAll, X, d), earlier_A = d < 16 ? __shfl_up_sync(kAll, A, d) : 0.f;
+    if (lane >= d) {
+      X = scan_step(earlier_X, A, X);
+      if (d < 16) A = join_decay(earlier_A, A);
     }
   }
-  A = __shfl_down_sync(kAll, A, 1);
-  X = __shfl_down_sync(kAll, X, 1);
-  return lane < 31 ? scan_step(g, A, X) : g;
+  X = __shfl_up_sync(kAll, X, 1);
+  return lane > 0 ? X : h;
+}
+// That and the same from the end: g becomes the gradient that comes back to a lane's last step, from that to lane 31's.
+// What comes back from a step is a (g + c), where g comes back to it and c = g_y C is its own. The two scans wait for
+// each other's shuffles.
+template <int I>
+__device__ __forceinline__ void scan_lanes_both(float& h, float& g, const float (&a)[I], const float (&x)[I], const float (&c)[I]) {
+  const int lane = threadIdx.x % 32;
+  float A, X, back_A, back_X = a[I - 1] * c[I - 1];
+  join_steps(A, X, a, x);
+#pragma unroll
+  for (int i = I - 2; i >= 0; --i) back_X = a[i] * (back_X + c[i]);
+  back_A = A;
+  if (lane == 0) X = scan_step(h, A, X);
+  if (lane == 31) back_X = scan_step(g, A, back_X);
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const float earlier_X = __shfl_up_sync(kAll, X, d), later_X = __shfl_down_sync(kAll, back_X, d);
+    const float earlier_A = d < 16 ? __shfl_up_sync(kAll, A, d) : 0.f, later_A = d < 16 ? __shfl_down_sync(kAll, back_A, d) : 0.f;
+    if (lane >= d) {
+      X = scan_step(earlier_X, A, X);
+      if (d < 16) A = join_decay(earlier_A, A);
+    }
+    if (lane + d < 32) {
+      back_X = scan_step(later_X, back_A, back_X);
+      if (d < 16) back_A = join_decay(later_A, back_A);
+    }
+  }
+  X = __shfl_up_sync(kAll, X, 1);
+  back_X = __shfl_down_sync(kAll, back_X, 1);
+  if (lane > 0) h = X;
+  if (lane < 31) g = back_X;
 }
 
 template <class A>
@@ -137,22 +178,25 @@ __global__ void __launch_bounds__(32 * kFwdWarps) selective_scan_fwd_kernel(cons
   constexpr int I = kItems<T>;
   SPK_DYN_SHARED(float, states);  // [warps, S]
   const SelectiveScan& p = q.in;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, S = int(p.S);
   const int64_t blocks = (p.C + kFwdWarps - 1) / kFwdWarps, c = blockIdx.x % blocks * kFwdWarps + warp;
   if (c >= p.C) return;
-  const Channel<T> k(p, blockIdx.x / blocks, c);
+  Channel<T> k;
+  k.set(p, blockIdx.x / blocks, c);
   float* const carried = states + warp * p.S;
   const float* const h_init = static_cast<const float*>(p.h_init);
-  for (int64_t s = lane; s < p.S; s += 32) carried[s] = h_init ? h_init[k.at * p.S + s] : 0.f;
+  for (int s = lane; s < S; s += 32) carried[s] = h_init ? h_init[k.at * p.S + s] : 0.f;
   for (int64_t l = lane * I; l - lane * I < p.L; l += 32 * I) {
-    float dt[I], du[I], u[I], delta[I], y[I];
-    load_steps<VECTOR>(dt, du, u, delta, k, p, l);
+    const int left = steps_left<I>(l, p.L);
+    float dt[I], du[I], u[I], y[I];
+    load_steps<VECTOR>(dt, du, u, k, p, l, left);
 #pragma unroll
     for (int i = 0; i < I; ++i) y[i] = k.skip * u[i];
-    for (int64_t s = 0; s < p.S; ++s) {
+    const T *in_row = k.Bs + l, *out_row = k.Cs + l;
+    for (int s = 0; s < S; ++s, in_row += p.Bs.row, out_row += p.Cs.row) {
       float a[I], x[I], out[I];
-      load<VECTOR>(x, k.Bs + s * p.Bs.row, l, p.L);
-      load<VECTOR>(out, k.Cs + s * p.Cs.row, l, p.L);
+      load<VECTOR>(x, in_row, left);
+      load<VECTOR>(out, out_row, left);
       const float A = k.A[s];
 #pragma unroll
       for (int i = 0; i < I; ++i) {
@@ -164,104 +208,116 @@ __global__ void __launch_bounds__(32 * kFwdWarps) selective_scan_fwd_kernel(cons
 #pragma unroll
       for (int i = 0; i < I; ++i) {
         h = scan_step(h, a[i], x[i]);
-        y[i] += h * out[i];
+        y[i] = mul_add(h, out[i], y[i]);
       }
       __syncwarp();
       if (lane == 31) carried[s] = h;
     }
     if (p.z.data) {
       float z[I];
-      load<VECTOR>(z, k.z, l, p.L);
+      load<VECTOR>(z, k.z + l, left);
 #pragma unroll
       for (int i = 0; i < I; ++i) y[i] *= silu(z[i]);
     }
-    store<VECTOR>(static_cast<T*>(q.y) + k.at * p.L, y, l, p.L);
+    store<VECTOR>(static_cast<T*>(q.y) + k.at * p.L + l, y, left);
   }
   __syncwarp();
-  for (int64_t s = lane; s < p.S; s += 32) static_cast<float*>(q.h_last)[k.at * p.S + s] = carried[s];
+  for (int s = lane; s < S; s += 32) static_cast<float*>(q.h_last)[k.at * p.S + s] = carried[s];
 }
 
 // A block owns a part of a group's channels and takes them up a warp each, as many at a time as it has warps. A warp
 // walks forward to leave the states at the starts of stretches, then the stretches back: a state at a time it scans
 // them forward again and the gradient backward. The gradients of B and C of the block's channels are summed in shared
-// memory, in the order of the warps, and over the block's turns in the part's place in memory.
+// memory, in the order of the warps, and over the block's turns in the part's place in memory. Steps in 32 bits leave
+// registers for a second block, which works while this one waits at a barrier.
 template <class T, bool VECTOR>
-__global__ void __launch_bounds__(32 * kBwdWarps, 1) selective_scan_bwd_kernel(const SelectiveScanBwd q) {
-  constexpr int I = kItems<T>, kSteps = 32 * I;
+__global__ void __launch_bounds__(32 * kBwdWarps, sizeof(T) == 4 ? 2 : 1) selective_scan_bwd_kernel(const SelectiveScanBwd q) {
+  constexpr int I = kItems<T>, kSteps = 32 * I, kSums = 2 * kSteps / (32 * kBwdWarps);
   const SelectiveScan& p = q.in;
-  SPK_SHARED(float, tiles, [2][kBwdWarps][kSteps]);  // of g_Bs and g_Cs
-  SPK_DYN_SHARED(double, shared);                    // [warps, S] double, twice [warps, S] float
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  double* const sum_A = shared + warp * p.S;
-  float* const carried = reinterpret_cast<float*>(shared + kBwdWarps * p.S) + warp * p.S;
-  float* const coming = carried + kBwdWarps * p.S;
-  const int64_t item = blockIdx.x, group = item / q.parts, part = item % q.parts;
-  const int64_t channels = p.C / p.G, blocks = scan_blocks(p), stretches = (p.L + kSteps - 1) / kSteps;
-  const int64_t first = part * blocks / q.parts * kScanLanes, end = (part + 1) * blocks / q.parts * kScanLanes;
-  const int64_t last = end < channels ? end : channels;
+  SPK_SHARED(Four, tiles, [2][2][kBwdWarps][kSteps / 4]);  // of g_Bs and g_Cs, one of two for every second state
+  SPK_SHARED(Channel<T>, of_warp, [kBwdWarps]);            // not in registers, of which there are too few
+  SPK_DYN_SHARED(double, shared);                          // [warps, S] double, [warps, S] float
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, S = int(p.S);
+  double* const sum_A = shared + warp * S;
+  float* const coming = reinterpret_cast<float*>(shared + kBwdWarps * S) + warp * S;
+  const int64_t item = blockIdx.x, blocks = scan_blocks(p);
+  const int group = item / q.parts, part = item % q.parts, G = int(p.G);
+  const int channels = p.C / p.G, stretches = (p.L + kSteps - 1) / kSteps;
+  const int first = part * blocks / q.parts * kScanLanes, end = (part + 1) * blocks / q.parts * kScanLanes;
+  const int last = end < channels ? end : channels;
   float* const starts = q.starts + (item * kBwdWarps + warp) * stretches * p.S;
-  float* const g_Bs = static_cast<float*>(q.g_Bs) + item * p.S * p.L;
-  float* const g_Cs = static_cast<float*>(q.g_Cs) + item * p.S * p.L;
+  const int64_t partial = item * p.S * p.L;  // of g_Bs and g_Cs
+  const Channel<T>& k = of_warp[warp];
+  int tile = 0;
 
-  for (int64_t turn = first; turn < last; turn += kBwdWarps) {
+  for (int turn = first; turn < last; turn += kBwdWarps) {
     const bool live = turn + warp < last;
     // A warp without a channel works on the last one, and its results are dropped.
-    const Channel<T> k(p, group / p.G, group % p.G * channels + (live ? turn + warp : last - 1));
-    const auto of_state = [&](const void* t, int64_t s) { return t ? static_cast<const float*>(t)[k.at * p.S + s] : 0.f; };
-    for (int64_t s = lane; s < p.S; s += 32) {
-      carried[s] = of_state(p.h_init, s);
-      coming[s] = of_state(q.g_h_last, s);
+    if (lane == 0) of_warp[warp].set(p, group / G, group % G * channels + (live ? turn + warp : last - 1));
+    __syncwarp();
+    const auto of_state = [&](const void* t, int s) { return t ? static_cast<const float*>(t)[k.at * S + s] : 0.f; };
+#pragma unroll 1
+    for (int s = lane; s < S; s += 32) {
+      if (p.L > 0) starts[s] = of_state(p.h_init, s);
+      coming[s] = live ? of_state(q.g_h_last, s) : 0.f;
       sum_A[s] = 0;
     }
     __syncwarp();
-    for (int64_t stretch = 0; stretch < stretches; ++stretch) {
-      for (int64_t s = lane; s < p.S; s += 32) starts[stretch * p.S + s] = carried[s];
-      if (stretch + 1 == stretches) break;
-      const int64_t l = stretch * kSteps + lane * I;
-      float dt[I], du[I], u[I], delta[I];
-      load_steps<VECTOR>(dt, du, u, delta, k, p, l);
-      for (int64_t s = 0; s < p.S; ++s) {
-        float a[I], x[I];
-        load<VECTOR>(x, k.Bs + s * p.Bs.row, l, p.L);
+    for (int stretch = 0; stretch + 1 < stretches; ++stretch) {
+      const int64_t l = int64_t(stretch) * kSteps + lane * I;
+      float dt[I], du[I], u[I];
+      load_steps<VECTOR>(dt, du, u, k, p, l, I);
+      const T* in_row = k.Bs + l;
+      float* start = starts + int64_t(stretch) * S;
+      for (int s = 0; s < S; ++s, ++start, in_row += p.Bs.row) {
+        float a[I], x[I], joined_A, joined_x;
+        load<VECTOR>(x, in_row, I);
         const float A = k.A[s];
 #pragma unroll
         for (int i = 0; i < I; ++i) {
           a[i] = decay(dt[i], A);
           x[i] = du[i] * x[i];
         }
-        __syncwarp();
-        float h = scan_lanes(a, x, carried[s]);
-#pragma unroll
-        for (int i = 0; i < I; ++i) h = scan_step(h, a[i], x[i]);
-        __syncwarp();
-        if (lane == 31) carried[s] = h;
+        join_steps(joined_A, joined_x, a, x);
+        join_lanes(joined_A, joined_x);
+        if (lane == 0) start[S] = scan_step(*start, joined_A, joined_x);
       }
-      __syncwarp();
     }
     __syncwarp();
 
     double sum_D = 0, sum_bias = 0;
-    for (int64_t stretch = stretches - 1; stretch >= 0; --stretch) {
-      const int64_t l0 = stretch * kSteps, l = l0 + lane * I;
-      float dt[I], du[I], u[I], delta[I], g[I], g_y[I], y[I], z[I], g_du[I] = {}, g_dt[I] = {};
-      load_steps<VECTOR>(dt, du, u, delta, k, p, l);
-      if (q.g_y.data) {
-        load<VECTOR>(g, static_cast<const T*>(q.g_y.data) + k.b * q.g_y.batch + k.c * q.g_y.row, l, p.L);
-      } else {
+    for (int stretch = stretches - 1; stretch >= 0; --stretch) {
+      const int64_t l0 = int64_t(stretch) * kSteps, l = l0 + lane * I;
+      const int left = steps_left<I>(l, p.L);
+      float dt[I], du[I], g_y[I], y[I] = {}, g_du[I] = {}, g_dt[I] = {};
+      const auto load_gradient = [&](float(&g)[I]) {
+        load<VECTOR>(g, static_cast<const T*>(q.g_y.data) + k.b * q.g_y.batch + k.c * q.g_y.row + l, q.g_y.data && live ? left : 0);
+      };
+      {
+        float u[I], z[I];
+        load_steps<VECTOR>(dt, du, u, k, p, l, left);
+        load_gradient(g_y);
+        if (p.z.data) {
+          load<VECTOR>(z, k.z + l, left);
 #pragma unroll
-        for (int i = 0; i < I; ++i) g[i] = 0;
+          for (int i = 0; i < I; ++i) g_y[i] *= silu(z[i]);
+        }
       }
-      if (p.z.data) load<VECTOR>(z, k.z, l, p.L);
+      const T *in_row = k.Bs + l, *out_row = k.Cs + l;
+      const float* start = starts + int64_t(stretch) * S;
+      int64_t at = partial + l0;
+      for (int s = 0; s < S; ++s, ++start, in_row += p.Bs.row, out_row += p.Cs.row, at += p.L, tile = 1 - tile) {
+        float* sums[kSums];
+        float before[kSums];  // the turns before, asked for ahead of use
 #pragma unroll
-      for (int i = 0; i < I; ++i) {
-        if (!live) g[i] = 0;
-        g_y[i] = p.z.data ? g[i] * silu(z[i]) : g[i];
-        y[i] = k.skip * u[i];
-      }
-      for (int64_t s = 0; s < p.S; ++s) {
-        float a[I], x[I], in[I], out[I], h[I + 1], c[I];
-        load<VECTOR>(in, k.Bs + s * p.Bs.row, l, p.L);
-        load<VECTOR>(out, k.Cs + s * p.Cs.row, l, p.L);
+        for (int j = 0; j < kSums; ++j) {
+          const int j_th = j * 32 * kBwdWarps + threadIdx.x;
+          sums[j] = static_cast<float*>(j_th < kSteps ? q.g_Bs : q.g_Cs) + at + j_th % kSteps;
+          before[j] = turn > first && l0 + j_th % kSteps < p.L ? *sums[j] : 0.f;
+        }
+        float a[I], x[I], in[I], out[I], c[I];
+        load<VECTOR>(in, in_row, left);
+        load<VECTOR>(out, out_row, left);
         const float A = k.A[s];
 #pragma unroll
         for (int i = 0; i < I; ++i) {
@@ -269,53 +325,72 @@ __global__ void __launch_bounds__(32 * kBwdWarps, 1) selective_scan_bwd_kernel(c
           x[i] = du[i] * in[i];
           c[i] = g_y[i] * out[i];
         }
-        h[0] = scan_lanes(a, x, starts[stretch * p.S + s]);
+        float h[I + 1], g_h = coming[s], g_A = 0;
+        h[0] = *start;
+        scan_lanes_both(h[0], g_h, a, x, c);
+        float g_B[I], g_C[I];
 #pragma unroll
         for (int i = 0; i < I; ++i) {
           h[i + 1] = scan_step(h[i], a[i], x[i]);
-          y[i] += h[i + 1] * out[i];
+          y[i] = mul_add(h[i + 1], out[i], y[i]);
+          g_C[i] = g_y[i] * h[i + 1];
         }
-        float g_h = scan_lanes_back(a, c, live ? coming[s] : 0.f), g_A = 0;
 #pragma unroll
         for (int i = I - 1; i >= 0; --i) {
           const float g_i = g_h + c[i];  // of h[i + 1]
-          tiles[0][warp][lane * I + i] = g_i * du[i];
-          tiles[1][warp][lane * I + i] = g_y[i] * h[i + 1];
-          g_du[i] += g_i * in[i];
+          g_B[i] = g_i * du[i];
+          g_du[i] = mul_add(g_i, in[i], g_du[i]);
           g_h = g_i * a[i];
           const float g_exponent = g_h * h[i];
-          g_dt[i] += g_exponent * A;
-          g_A += g_exponent * dt[i];
+          g_dt[i] = mul_add(g_exponent, A, g_dt[i]);
+          g_A = mul_add(g_exponent, dt[i], g_A);
         }
-        const double total = warp_sum(double(g_A));
+#pragma unroll
+        for (int i = 0; i < I; i += 4) {
+          tiles[tile][0][warp][(lane * I + i) / 4] = {g_B[i], g_B[i + 1], g_B[i + 2], g_B[i + 3]};
+          tiles[tile][1][warp][(lane * I + i) / 4] = {g_C[i], g_C[i + 1], g_C[i + 2], g_C[i + 3]};
+        }
+        g_A = warp_sum(g_A);
         __syncthreads();
         if (lane == 0) {
           coming[s] = g_h;
-          sum_A[s] += total;
+          sum_A[s] += g_A;
         }
-        for (int j = threadIdx.x; j < 2 * kSteps; j += 32 * kBwdWarps) {
-          const int which = j / kSteps, step = j % kSteps;
+#pragma unroll
+        for (int j = 0; j < kSums; ++j) {
+          const int j_th = j * 32 * kBwdWarps + threadIdx.x;
+          const float* const rows = tiles[tile][j_th / kSteps][0]->d + j_th % kSteps;
           float sum = 0;
 #pragma unroll
-          for (int w = 0; w < kBwdWarps; ++w) sum += tiles[which][w][step];
-          float* const to = (which ? g_Cs : g_Bs) + s * p.L + l0 + step;
-          if (l0 + step < p.L) *to = turn == first ? sum : *to + sum;
+          for (int w = 0; w < kBwdWarps; ++w) sum += rows[w * kSteps];
+          if (l0 + j_th % kSteps < p.L) *sums[j] = before[j] + sum;
         }
-        __syncthreads();
       }
+      __syncwarp();
+      float u[I], delta[I], stretch_D = 0, stretch_bias = 0;  // read again: kept, they would cost registers
+      load<VECTOR>(u, k.u + l, left);
+      load<VECTOR>(delta, k.delta + l, left);
 #pragma unroll
       for (int i = 0; i < I; ++i) {
-        g_dt[i] += g_du[i] * u[i];
-        if (p.softplus) g_dt[i] *= softplus_slope(delta[i]);
-        if (l + i < p.L) sum_bias += g_dt[i];
-        sum_D += g_y[i] * u[i];
-        g_du[i] = g_du[i] * dt[i] + g_y[i] * k.skip;
-        if (p.z.data) y[i] = y[i] * silu_slope(z[i]) * g[i];
+        g_dt[i] = mul_add(g_du[i], u[i], g_dt[i]);
+        if (p.softplus) g_dt[i] *= softplus_slope(delta[i] + k.bias);
+        if (i < left) stretch_bias += g_dt[i];
+        stretch_D = mul_add(g_y[i], u[i], stretch_D);
+        g_du[i] = mul_add(g_du[i], dt[i], g_y[i] * k.skip);
       }
+      sum_D += stretch_D;
+      sum_bias += stretch_bias;
       if (live) {
-        store<VECTOR>(static_cast<T*>(q.g_u) + k.at * p.L, g_du, l, p.L);
-        store<VECTOR>(static_cast<T*>(q.g_delta) + k.at * p.L, g_dt, l, p.L);
-        if (p.z.data) store<VECTOR>(static_cast<T*>(q.g_z) + k.at * p.L, y, l, p.L);
+        store<VECTOR>(static_cast<T*>(q.g_u) + k.at * p.L + l, g_du, left);
+        store<VECTOR>(static_cast<T*>(q.g_delta) + k.at * p.L + l, g_dt, left);
+        if (p.z.data) {
+          float z[I], g[I];
+          load<VECTOR>(z, k.z + l, left);
+          load_gradient(g);
+#pragma unroll
+          for (int i = 0; i < I; ++i) y[i] = mul_add(k.skip, u[i], y[i]) * silu_slope(z[i]) * g[i];
+          store<VECTOR>(static_cast<T*>(q.g_z) + k.at * p.L + l, y, left);
+        }
       }
     }
     sum_D = warp_sum(sum_D);
@@ -323,7 +398,8 @@ __global__ void __launch_bounds__(32 * kBwdWarps, 1) selective_scan_bwd_kernel(c
     __syncwarp();
     if (live && lane == 0 && q.g_D) q.g_D[k.at] = sum_D;
     if (live && lane == 0 && q.g_bias) q.g_bias[k.at] = sum_bias;
-    for (int64_t s = lane; s < p.S && live; s += 32) {
+#pragma unroll 1
+    for (int s = lane; s < S && live; s += 32) {
       q.g_A[k.at * p.S + s] = sum_A[s];
       if (q.g_h_init) static_cast<float*>(q.g_h_init)[k.at * p.S + s] = coming[s];
     }
@@ -368,7 +444,7 @@ int forward(const SelectiveScanFwd& p, void* stream) {
 
 template <class T, bool VECTOR>
 int backward(const SelectiveScanBwd& p, void* stream) {
-  const size_t shared = size_t(kBwdWarps * p.in.S) * (sizeof(double) + 2 * sizeof(float));
+  const size_t shared = size_t(kBwdWarps * p.in.S) * (sizeof(double) + sizeof(float));
   SPK_LAUNCH((selective_scan_bwd_kernel<T, VECTOR>), dim3(unsigned(p.in.B * p.in.G * p.parts)), dim3(32 * kBwdWarps), shared,
              stream, p);
   (void)stream;

@@ -65,29 +65,29 @@ def test_silence_stays_silent(shim_library):
 
 DEFECTS = {
     "no barrier before the sums": (
-        "const double total = warp_sum(double(g_A));\n        __syncthreads();",
-        "const double total = warp_sum(double(g_A));",
+        "g_A = warp_sum(g_A);\n        __syncthreads();",
+        "g_A = warp_sum(g_A);",
         "race: (read|write) of shared memory",
     ),
-    "no barrier after the sums": (
-        "*to + sum;\n        }\n        __syncthreads();",
-        "*to + sum;\n        }",
+    "one tile for all states": (
+        "tile = 1 - tile",
+        "tile = 0",
         "race: (read|write) of shared memory",
     ),
-    "one step too many": ("l + i < L ? load_float", "l + i <= L ? load_float", "out of bounds read"),
+    "one step too many": ("i < left ? load_float", "i <= left ? load_float", "out of bounds read"),
     "state to the wrong channel": (
         "static_cast<float*>(q.h_last)[k.at * p.S + s]",
         "static_cast<float*>(q.h_last)[(k.at + 1) * p.S + s]",
         "out of bounds write",
     ),
     "carried without a barrier": (
-        "        y[i] += h * out[i];\n      }\n      __syncwarp();",
-        "        y[i] += h * out[i];\n      }",
+        "        y[i] = mul_add(h, out[i], y[i]);\n      }\n      __syncwarp();",
+        "        y[i] = mul_add(h, out[i], y[i]);\n      }",
         "race: (read|write) of shared memory",
     ),
     "starts too far apart": (
-        "stretches * p.S;\n  float* const g_Bs",
-        "(stretches + 1) * p.S;\n  float* const g_Bs",
+        "stretches * p.S;\n  const int64_t partial",
+        "(stretches + 1) * p.S;\n  const int64_t partial",
         "out of bounds write",
     ),
 }
@@ -136,7 +136,8 @@ def test_compiled_kernels(facts, arch):
     assert len(facts) == 6 + 6 + 4
     assert [f.name for f in facts if f.spills or f.stack or f.local] == []
     for f in facts:
-        assert f.registers <= (255 if "bwd" in f.name else 128), f.name
+        # bwd: two blocks of 256 threads on a multiprocessor in float32, one in half precision
+        assert f.registers <= (255 if "bwd" in f.name and "IfL" not in f.name else 128), f.name
         if "Lb1E" in f.name:
             assert f.ldg128, f.name
             assert f.stg128, f.name
