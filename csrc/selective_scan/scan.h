@@ -28,7 +28,7 @@ SPK_HD float mul_add(float a, float b, float c) { return fmaf(a, b, c); }
 // sequence). It saturates just below the largest float instead of at infinity, so that a state of 0 stays 0; where exp(x)
 // is below 2^-126 it gives some subnormal.
 SPK_HD float saturating_exp(float x) {
-  x = at_most(at_least(x, -88.029686f), 88.72283f);                  // -127 ln 2 rounded up, 128 ln 2 rounded down
+  x = at_most(at_least(x, -88.029686f), 88.72283f);                         // -127 ln 2 rounded up, 128 ln 2 rounded down
   const float m = mul_add(x, 1.44269504f, 12582912.f), n = m - 12582912.f;  // the nearest integer, also in the low bits of m
   const float r = mul_add(n, 2.12194440e-4f, mul_add(n, -0.693359375f, x));
   float p = mul_add(r, 1.381460204e-3f, 8.368715202e-3f);

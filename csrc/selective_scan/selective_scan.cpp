@@ -164,7 +164,7 @@ Gradients selective_scan_bwd(OptTensor g_y, OptTensor g_h_last, Tensor u, Tensor
 
   // What several items add to is first written by each of them, then summed in a fixed order.
   const bool gpu = on_gpu(u);
-  const int64_t parts = scan_parts(q, gpu ? kScanPartsGpu : kScanPartsCpu);
+  const int64_t parts = gpu ? scan_parts_gpu(q) : scan_parts_cpu(q);
   const auto partial = [&](const std::vector<int64_t>& sizes, ScalarType dtype) { return dense(sizes, dtype, u); };
   Tensor p_A = partial({q.B, q.C, q.S}, ScalarType::Double), p_D = partial({q.B, D ? q.C : 0}, ScalarType::Double);
   Tensor p_bias = partial({q.B, delta_bias ? q.C : 0}, ScalarType::Double);

@@ -60,14 +60,28 @@ static SPK_HD int64_t scan_blocks(const SelectiveScan& p) { return (p.C / p.G + 
 // Into how many parts a group's channels go in backward: enough to keep a machine busy, and few enough for the partial
 // sums of g_Bs and g_Cs to stay within four times the size of u. It depends on sizes alone, so results do not depend on
 // the number of threads.
-static inline int64_t scan_parts(const SelectiveScan& p, int64_t wanted) {
+static inline int64_t scan_parts_at_most(const SelectiveScan& p, int64_t parts) {
   const int64_t fit = 2 * (p.C / p.G) / (p.S > 0 ? p.S : 1), blocks = scan_blocks(p);
-  int64_t parts = (wanted + p.B * p.G - 1) / (p.B * p.G);
   parts = parts < fit ? parts : fit;
   parts = parts < blocks ? parts : blocks;
   return parts > 1 ? parts : 1;
 }
-constexpr int kScanPartsCpu = 32, kScanPartsGpu = 256;
+static inline int64_t scan_parts_cpu(const SelectiveScan& p) {
+  constexpr int64_t kWanted = 32;
+  return scan_parts_at_most(p, (kWanted + p.B * p.G - 1) / (p.B * p.G));
+}
+// The fewest with which a GPU that works on kSlots of them at once is done about as soon as it can be.
+static inline int64_t scan_parts_gpu(const SelectiveScan& p) {
+  constexpr int64_t kSlots = 264;  // two blocks on each of an H100's 132 multiprocessors
+  const auto rounds = [&](int64_t parts) {
+    return (p.B * p.G * parts + kSlots - 1) / kSlots * ((scan_blocks(p) + parts - 1) / parts);
+  };
+  const int64_t most = scan_parts_at_most(p, kSlots);
+  int64_t least = rounds(1), parts = 1;
+  for (int64_t n = 2; n <= most; ++n) least = rounds(n) < least ? rounds(n) : least;
+  while (rounds(parts) * 8 > least * 9) ++parts;
+  return parts;
+}
 
 using SelectiveScanFwdFn = int(const SelectiveScanFwd&, int64_t begin, int64_t end);        // [B, G, blocks] items
 using SelectiveScanBwdFn = int(const SelectiveScanBwd&, int64_t begin, int64_t end);        // [B, G, parts] items

@@ -48,37 +48,42 @@ __device__ __forceinline__ int steps_left(int64_t l, int64_t L) {
   return L - l >= I ? I : L > l ? int(L - l) : 0;
 }
 
-// One channel of one sample, and the rows it reads.
-template <class T>
+// One channel of one sample, and where its rows begin. Offsets, for a pointer out of shared memory would be a generic one.
 struct Channel {
   int64_t b, c, at;  // at: of [B, C]
-  const T *u, *delta, *z, *Bs, *Cs;
-  const float* A;  // [S]
+  int64_t u, delta, z, Bs, Cs;
   float bias, skip;
 
   __device__ void set(const SelectiveScan& p, int64_t b_, int64_t c_) {
+    const int64_t g = c_ / (p.C / p.G);
     b = b_;
     c = c_;
     at = b * p.C + c;
-    const auto row = [&](const ScanRows& r) { return static_cast<const T*>(r.data) + b * r.batch + c * r.row; };
-    const int64_t g = c / (p.C / p.G);
     u = row(p.u);
     delta = row(p.delta);
     z = row(p.z);
-    Bs = static_cast<const T*>(p.Bs.data) + b * p.Bs.batch + g * p.Bs.group;
-    Cs = static_cast<const T*>(p.Cs.data) + b * p.Cs.batch + g * p.Cs.group;
-    A = static_cast<const float*>(p.A) + c * p.S;
+    Bs = b * p.Bs.batch + g * p.Bs.group;
+    Cs = b * p.Cs.batch + g * p.Cs.group;
     bias = p.bias ? static_cast<const float*>(p.bias)[c] : 0.f;
     skip = p.D ? static_cast<const float*>(p.D)[c] : 0.f;
   }
+  __device__ int64_t row(const ScanRows& r) const { return b * r.batch + c * r.row; }
 };
+template <class T>
+__device__ __forceinline__ const T* at(const void* data, int64_t offset) {
+  return static_cast<const T*>(data) + offset;
+}
+template <class T>
+__device__ __forceinline__ T* at(void* data, int64_t offset) {
+  return static_cast<T*>(data) + offset;
+}
 
 // dt, dt u and u of a lane's steps; beyond the row dt is 0, which leaves the state as it is.
 template <bool VECTOR, class T, int I>
-__device__ __forceinline__ void load_steps(float (&dt)[I], float (&du)[I], float (&u)[I], const Channel<T>& k, const SelectiveScan& p,
+__device__ __forceinline__ void load_steps(float (&dt)[I], float (&du)[I], float (&u)[I], const Channel& k, const SelectiveScan& p,
                                            int64_t l, int left) {
-  load<VECTOR>(u, k.u + l, left);
-  load<VECTOR>(dt, k.delta + l, left);
+  load<VECTOR>(u, at<T>(p.u.data, k.u + l), left);
+  load<VECTOR>(dt, at<T>(p.delta.data, k.delta + l), left);
 #pragma unroll
   for (int i = 0; i < I; ++i) dt[i] += k.bias;
   if (p.softplus) {
@@ -174,14 +179,14 @@ __device__ __forceinline__ A warp_sum(A x) {
 // A warp owns a channel and walks its sequence 32 x I steps at a time, a lane I neighbouring steps of these; state after
 // state is scanned over the lanes. The states between two stretches lie in shared memory.
 template <class T, bool VECTOR>
-__global__ void __launch_bounds__(32 * kFwdWarps) selective_scan_fwd_kernel(const SelectiveScanFwd q) {
+__global__ void __launch_bounds__(32 * kFwdWarps, sizeof(T) == 4 ? 5 : 4) selective_scan_fwd_kernel(const SelectiveScanFwd q) {
   constexpr int I = kItems<T>;
   SPK_DYN_SHARED(float, states);  // [warps, S]
   const SelectiveScan& p = q.in;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, S = int(p.S);
   const int64_t blocks = (p.C + kFwdWarps - 1) / kFwdWarps, c = blockIdx.x % blocks * kFwdWarps + warp;
   if (c >= p.C) return;
-  Channel<T> k;
+  Channel k;
   k.set(p, blockIdx.x / blocks, c);
   float* const carried = states + warp * p.S;
   const float* const h_init = static_cast<const float*>(p.h_init);
@@ -189,15 +194,16 @@ __global__ void __launch_bounds__(32 * kFwdWarps) selective_scan_fwd_kernel(cons
   for (int64_t l = lane * I; l - lane * I < p.L; l += 32 * I) {
     const int left = steps_left<I>(l, p.L);
     float dt[I], du[I], u[I], y[I];
-    load_steps<VECTOR>(dt, du, u, k, p, l, left);
+    load_steps<VECTOR, T>(dt, du, u, k, p, l, left);
 #pragma unroll
     for (int i = 0; i < I; ++i) y[i] = k.skip * u[i];
-    const T *in_row = k.Bs + l, *out_row = k.Cs + l;
+    const T *in_row = at<T>(p.Bs.data, k.Bs + l), *out_row = at<T>(p.Cs.data, k.Cs + l);
+    const float* const A_row = at<float>(p.A, c * S);
     for (int s = 0; s < S; ++s, in_row += p.Bs.row, out_row += p.Cs.row) {
       float a[I], x[I], out[I];
       load<VECTOR>(x, in_row, left);
       load<VECTOR>(out, out_row, left);
-      const float A = k.A[s];
+      const float A = A_row[s];
 #pragma unroll
       for (int i = 0; i < I; ++i) {
         a[i] = decay(dt[i], A);
@@ -215,11 +221,11 @@ __global__ void __launch_bounds__(32 * kFwdWarps) selective_scan_fwd_kernel(cons
     }
     if (p.z.data) {
       float z[I];
-      load<VECTOR>(z, k.z + l, left);
+      load<VECTOR>(z, at<T>(p.z.data, k.z + l), left);
 #pragma unroll
       for (int i = 0; i < I; ++i) y[i] *= silu(z[i]);
     }
-    store<VECTOR>(static_cast<T*>(q.y) + k.at * p.L + l, y, left);
+    store<VECTOR>(at<T>(q.y, k.at * p.L + l), y, left);
   }
   __syncwarp();
   for (int s = lane; s < S; s += 32) static_cast<float*>(q.h_last)[k.at * p.S + s] = carried[s];
@@ -235,7 +241,7 @@ __global__ void __launch_bounds__(32 * kBwdWarps, sizeof(T) == 4 ? 2 : 1) select
   constexpr int I = kItems<T>, kSteps = 32 * I, kSums = 2 * kSteps / (32 * kBwdWarps);
   const SelectiveScan& p = q.in;
   SPK_SHARED(Four, tiles, [2][2][kBwdWarps][kSteps / 4]);  // of g_Bs and g_Cs, one of two for every second state
-  SPK_SHARED(Channel<T>, of_warp, [kBwdWarps]);            // not in registers, of which there are too few
+  SPK_SHARED(Channel, of_warp, [kBwdWarps]);               // not in registers, of which there are too few
   SPK_DYN_SHARED(double, shared);                          // [warps, S] double, [warps, S] float
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, S = int(p.S);
   double* const sum_A = shared + warp * S;
@@ -247,7 +253,7 @@ __global__ void __launch_bounds__(32 * kBwdWarps, sizeof(T) == 4 ? 2 : 1) select
   const int last = end < channels ? end : channels;
   float* const starts = q.starts + (item * kBwdWarps + warp) * stretches * p.S;
   const int64_t partial = item * p.S * p.L;  // of g_Bs and g_Cs
-  const Channel<T>& k = of_warp[warp];
+  const Channel& k = of_warp[warp];
   int tile = 0;
 
   for (int turn = first; turn < last; turn += kBwdWarps) {
@@ -263,16 +269,17 @@ __global__ void __launch_bounds__(32 * kBwdWarps, sizeof(T) == 4 ? 2 : 1) select
       sum_A[s] = 0;
     }
     __syncwarp();
+    const float* const A_row = at<float>(p.A, k.c * S);
     for (int stretch = 0; stretch + 1 < stretches; ++stretch) {
       const int64_t l = int64_t(stretch) * kSteps + lane * I;
       float dt[I], du[I], u[I];
-      load_steps<VECTOR>(dt, du, u, k, p, l, I);
-      const T* in_row = k.Bs + l;
+      load_steps<VECTOR, T>(dt, du, u, k, p, l, I);
+      const T* in_row = at<T>(p.Bs.data, k.Bs + l);
       float* start = starts + int64_t(stretch) * S;
       for (int s = 0; s < S; ++s, ++start, in_row += p.Bs.row) {
         float a[I], x[I], joined_A, joined_x;
         load<VECTOR>(x, in_row, I);
-        const float A = k.A[s];
+        const float A = A_row[s];
 #pragma unroll
         for (int i = 0; i < I; ++i) {
           a[i] = decay(dt[i], A);
@@ -290,35 +297,35 @@ __global__ void __launch_bounds__(32 * kBwdWarps, sizeof(T) == 4 ? 2 : 1) select
       const int64_t l0 = int64_t(stretch) * kSteps, l = l0 + lane * I;
       const int left = steps_left<I>(l, p.L);
       float dt[I], du[I], g_y[I], y[I] = {}, g_du[I] = {}, g_dt[I] = {};
-      const auto load_gradient = [&](float(&g)[I]) {
-        load<VECTOR>(g, static_cast<const T*>(q.g_y.data) + k.b * q.g_y.batch + k.c * q.g_y.row + l, q.g_y.data && live ? left : 0);
+      const auto load_gradient = [&](float (&g)[I]) {
+        load<VECTOR>(g, at<T>(q.g_y.data, k.row(q.g_y) + l), q.g_y.data && live ? left : 0);
       };
       {
         float u[I], z[I];
-        load_steps<VECTOR>(dt, du, u, k, p, l, left);
+        load_steps<VECTOR, T>(dt, du, u, k, p, l, left);
         load_gradient(g_y);
         if (p.z.data) {
-          load<VECTOR>(z, k.z + l, left);
+          load<VECTOR>(z, at<T>(p.z.data, k.z + l), left);
 #pragma unroll
           for (int i = 0; i < I; ++i) g_y[i] *= silu(z[i]);
         }
       }
-      const T *in_row = k.Bs + l, *out_row = k.Cs + l;
+      const T *in_row = at<T>(p.Bs.data, k.Bs + l), *out_row = at<T>(p.Cs.data, k.Cs + l);
       const float* start = starts + int64_t(stretch) * S;
-      int64_t at = partial + l0;
-      for (int s = 0; s < S; ++s, ++start, in_row += p.Bs.row, out_row += p.Cs.row, at += p.L, tile = 1 - tile) {
+      int64_t sums_at = partial + l0;
+      for (int s = 0; s < S; ++s, ++start, in_row += p.Bs.row, out_row += p.Cs.row, sums_at += p.L, tile = 1 - tile) {
         float* sums[kSums];
         float before[kSums];  // the turns before, asked for ahead of use
 #pragma unroll
         for (int j = 0; j < kSums; ++j) {
           const int j_th = j * 32 * kBwdWarps + threadIdx.x;
-          sums[j] = static_cast<float*>(j_th < kSteps ? q.g_Bs : q.g_Cs) + at + j_th % kSteps;
+          sums[j] = static_cast<float*>(j_th < kSteps ? q.g_Bs : q.g_Cs) + sums_at + j_th % kSteps;
           before[j] = turn > first && l0 + j_th % kSteps < p.L ? *sums[j] : 0.f;
         }
         float a[I], x[I], in[I], out[I], c[I];
         load<VECTOR>(in, in_row, left);
         load<VECTOR>(out, out_row, left);
-        const float A = k.A[s];
+        const float A = A_row[s];
 #pragma unroll
         for (int i = 0; i < I; ++i) {
           a[i] = decay(dt[i], A);
@@ -360,16 +367,16 @@ __global__ void __launch_bounds__(32 * kBwdWarps, sizeof(T) == 4 ? 2 : 1) select
         for (int j = 0; j < kSums; ++j) {
           const int j_th = j * 32 * kBwdWarps + threadIdx.x;
           const float* const rows = tiles[tile][j_th / kSteps][0]->d + j_th % kSteps;
-          float sum = 0;
+          float sum = rows[0];
 #pragma unroll
-          for (int w = 0; w < kBwdWarps; ++w) sum += rows[w * kSteps];
+          for (int w = 1; w < kBwdWarps; ++w) sum += rows[w * kSteps];
           if (l0 + j_th % kSteps < p.L) *sums[j] = before[j] + sum;
         }
       }
       __syncwarp();
       float u[I], delta[I], stretch_D = 0, stretch_bias = 0;  // read again: kept, they would cost registers
-      load<VECTOR>(u, k.u + l, left);
-      load<VECTOR>(delta, k.delta + l, left);
+      load<VECTOR>(u, at<T>(p.u.data, k.u + l), left);
+      load<VECTOR>(delta, at<T>(p.delta.data, k.delta + l), left);
 #pragma unroll
       for (int i = 0; i < I; ++i) {
         g_dt[i] = mul_add(g_du[i], u[i], g_dt[i]);
@@ -381,15 +388,15 @@ __global__ void __launch_bounds__(32 * kBwdWarps, sizeof(T) == 4 ? 2 : 1) select
       sum_D += stretch_D;
       sum_bias += stretch_bias;
       if (live) {
-        store<VECTOR>(static_cast<T*>(q.g_u) + k.at * p.L + l, g_du, left);
-        store<VECTOR>(static_cast<T*>(q.g_delta) + k.at * p.L + l, g_dt, left);
+        store<VECTOR>(at<T>(q.g_u, k.at * p.L + l), g_du, left);
+        store<VECTOR>(at<T>(q.g_delta, k.at * p.L + l), g_dt, left);
         if (p.z.data) {
           float z[I], g[I];
-          load<VECTOR>(z, k.z + l, left);
+          load<VECTOR>(z, at<T>(p.z.data, k.z + l), left);
           load_gradient(g);
 #pragma unroll
           for (int i = 0; i < I; ++i) y[i] = mul_add(k.skip, u[i], y[i]) * silu_slope(z[i]) * g[i];
-          store<VECTOR>(static_cast<T*>(q.g_z) + k.at * p.L + l, y, left);
+          store<VECTOR>(at<T>(q.g_z, k.at * p.L + l), y, left);
         }
       }
     }

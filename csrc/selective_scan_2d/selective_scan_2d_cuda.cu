@@ -155,7 +155,7 @@ __device__ __forceinline__ void convert(T* out, const float* sum, int64_t at, in
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kFwdWarps) selective_scan_2d_fwd_kernel(const SelectiveScan2dFwd q, bool vector) {
+__global__ void __launch_bounds__(32 * kFwdWarps, 8) selective_scan_2d_fwd_kernel(const SelectiveScan2dFwd q, bool vector) {
   const SelectiveScan2d& p = q.scan;
   const int64_t blocks = blocks_of(p.C, kFwdWarps), b = blockIdx.x / blocks, c = blockIdx.x % blocks * kFwdWarps + threadIdx.y;
   if (c >= p.C) return;
