@@ -32,8 +32,23 @@ struct Places {
   int32_t first;  // of four neighbours in ascending order, or -1
 
   __device__ Places(const Walk& w, int32_t l) {
+    if (w.code == 0 || w.code == 2) {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) at[i] = l + i < w.L ? w.place(l + i) : -1;
+      for (int i = 0; i < kItems; ++i) at[i] = l + i < w.L ? w.place(l + i) : -1;
+    } else {  // w.place of each, but with one division for all
+      const bool back = w.code == 3 || w.code == 5;
+      const int32_t from = back ? w.L - 1 - l : l;
+      int32_t column = from / w.H, h = from - column * w.H;
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        at[i] = l + i < w.L ? h * w.W + (w.code >= 4 ? w.W - 1 - column : column) : -1;
+        h += back ? -1 : 1;
+        if (h < 0 || h == w.H) {
+          column += back ? -1 : 1;
+          h = back ? w.H - 1 : 0;
+        }
+      }
+    }
     first = w.vector && l + kItems <= w.L ? min(at[0], at[kItems - 1]) : -1;
   }
 };
@@ -104,21 +119,27 @@ struct Stretch {
 __device__ __forceinline__ Stretch join(const Stretch& first, const Stretch& then) {
   return {join_decay(first.a, then.a), scan_step(first.x, then.a, then.x)};
 }
-__device__ __forceinline__ Stretch lanes_before(Stretch own) {
+// What a stretch begins with, from `start` at lane 0. `start` goes into what lane 0 passes on, so the decays need no last
+// step of the scan. The second: from `start` at lane 31, backwards.
+__device__ __forceinline__ float lanes_before(Stretch own, float start) {
+  if (threadIdx.x == 0) own.x = scan_step(start, own.a, own.x);
+#pragma unroll
   for (int d = 1; d < 32; d *= 2) {
-    const Stretch other{__shfl_up_sync(kAll, own.a, d), __shfl_up_sync(kAll, own.x, d)};
+    const Stretch other{d < 16 ? __shfl_up_sync(kAll, own.a, d) : 0.f, __shfl_up_sync(kAll, own.x, d)};
     if (int(threadIdx.x) >= d) own = join(other, own);
   }
-  const Stretch before{__shfl_up_sync(kAll, own.a, 1), __shfl_up_sync(kAll, own.x, 1)};
-  return threadIdx.x == 0 ? Stretch{1.f, 0.f} : before;
+  const float before = __shfl_up_sync(kAll, own.x, 1);
+  return threadIdx.x == 0 ? start : before;
 }
-__device__ __forceinline__ Stretch lanes_after(Stretch own) {
+__device__ __forceinline__ float lanes_after(Stretch own, float start) {
+  if (threadIdx.x == 31) own.x = scan_step(start, own.a, own.x);
+#pragma unroll
   for (int d = 1; d < 32; d *= 2) {
-    const Stretch other{__shfl_down_sync(kAll, own.a, d), __shfl_down_sync(kAll, own.x, d)};
+    const Stretch other{d < 16 ? __shfl_down_sync(kAll, own.a, d) : 0.f, __shfl_down_sync(kAll, own.x, d)};
     if (int(threadIdx.x) + d < 32) own = join(other, own);
   }
-  const Stretch after{__shfl_down_sync(kAll, own.a, 1), __shfl_down_sync(kAll, own.x, 1)};
-  return threadIdx.x == 31 ? Stretch{1.f, 0.f} : after;
+  const float after = __shfl_down_sync(kAll, own.x, 1);
+  return threadIdx.x == 31 ? start : after;
 }
 __device__ __forceinline__ float sum_lanes(float v) {
   for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(kAll, v, d);
@@ -130,8 +151,7 @@ __device__ __forceinline__ float states(float (&h)[kItems], const float (&a)[kIt
   Stretch own{a[0], x[0]};
 #pragma unroll
   for (int i = 1; i < kItems; ++i) own = join(own, {a[i], x[i]});
-  const Stretch before = lanes_before(own);
-  const float first = scan_step(start, before.a, before.x);
+  const float first = lanes_before(own, start);
   float state = first;
 #pragma unroll
   for (int i = 0; i < kItems; ++i) h[i] = state = scan_step(state, a[i], x[i]);
@@ -192,7 +212,7 @@ __global__ void __launch_bounds__(32 * kFwdWarps, 8) selective_scan_2d_fwd_kerne
         }
         states(h, a, in, carried.get(s));
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) y[i] += h[i] * out[i];
+        for (int i = 0; i < kItems; ++i) y[i] = mul_add(h[i], out[i], y[i]);
         carried.set(s, __shfl_sync(kAll, h[kItems - 1], 31));
       }
       add(sum, y, places, k == 0);
@@ -204,7 +224,7 @@ __global__ void __launch_bounds__(32 * kFwdWarps, 8) selective_scan_2d_fwd_kerne
 
 template <class T>
 __global__ void __launch_bounds__(32 * kBwdWarps) selective_scan_2d_bwd_kernel(const SelectiveScan2dBwd q, bool vector) {
-  SPK_SHARED(float, parts, [2][kBwdWarps][kChunk]);  // each channel's in g_B and g_C, of one state
+  SPK_SHARED(float, parts, [2][2][kBwdWarps][kChunk]);  // each channel's in g_B and g_C, one of two for every second state
   const SelectiveScan2d& p = q.scan;
   const int lane = threadIdx.x;
   const int64_t group = blockIdx.x, groups = blocks_of(p.C, kBwdWarps);  // [B, groups]
@@ -216,6 +236,7 @@ __global__ void __launch_bounds__(32 * kBwdWarps) selective_scan_2d_bwd_kernel(c
   const T* g_y = row<T>(q.g_y, b * p.C + c, L);             // [L]
   float* sum = q.sum + (b * p.C + c) * L;                   // [L]
   float* starts = q.starts + (b * p.C + c) * chunks * p.S;  // [chunks, S]
+  int turn = 0;
   for (int k = 0; k < p.K; ++k) {
     const int code = p.directions[k];
     const Walk walk{code, int32_t(p.H), int32_t(p.W), L, vector && (code == 0 || code == 2)};
@@ -279,32 +300,31 @@ __global__ void __launch_bounds__(32 * kBwdWarps) selective_scan_2d_bwd_kernel(c
         Stretch stretch{a[kItems - 1], a[kItems - 1] * (out[kItems - 1] * g[kItems - 1])};
 #pragma unroll
         for (int i = kItems - 2; i >= 0; --i) stretch = join(stretch, {a[i], a[i] * (out[i] * g[i])});
-        const Stretch after = lanes_after(stretch);
-        float coming = scan_step(g_carried.get(s), after.a, after.x), g_A_s = 0;
+        float coming = lanes_after(stretch, g_carried.get(s)), g_A_s = 0;
         Vec<float, kItems> part_B, part_C;
 #pragma unroll
         for (int i = kItems - 1; i >= 0; --i) {
           const float g_h = coming + out[i] * g[i], through = a[i] * g_h * (i ? h[i ? i - 1 : 0] : before);
           coming = a[i] * g_h;
-          g_decays[i] += A_s * through;
-          g_steps[i] += g_h * in[i];
-          g_A_s += dt[i] * through;
+          g_decays[i] = mul_add(A_s, through, g_decays[i]);
+          g_steps[i] = mul_add(g_h, in[i], g_steps[i]);
+          g_A_s = mul_add(dt[i], through, g_A_s);
           part_B.d[i] = live ? g_h * (dt[i] * u[i]) : 0.f;
           part_C.d[i] = live ? g[i] * h[i] : 0.f;
         }
         g_carried.set(s, __shfl_sync(kAll, coming, 0));
         g_A.add(s, sum_lanes(g_A_s));
-        *reinterpret_cast<Vec<float, kItems>*>(&parts[0][threadIdx.y][lane * kItems]) = part_B;
-        *reinterpret_cast<Vec<float, kItems>*>(&parts[1][threadIdx.y][lane * kItems]) = part_C;
+        *reinterpret_cast<Vec<float, kItems>*>(&parts[turn][0][threadIdx.y][lane * kItems]) = part_B;
+        *reinterpret_cast<Vec<float, kItems>*>(&parts[turn][1][threadIdx.y][lane * kItems]) = part_C;
         __syncthreads();
         for (int i = int(threadIdx.y) * 32 + lane; i < 2 * kChunk; i += 32 * kBwdWarps) {
           const int32_t l = chunk * kChunk + i % kChunk;
           float total = 0;
-          for (int w = 0; w < kBwdWarps; ++w) total += parts[i / kChunk][w][i % kChunk];
+          for (int w = 0; w < kBwdWarps; ++w) total += parts[turn][i / kChunk][w][i % kChunk];
           if (l < L)
             static_cast<float*>(i < kChunk ? q.g_into : q.g_out)[((group * p.K + k) * p.S + s) * L + walk.place(l)] = total;
         }
-        __syncthreads();
+        turn = 1 - turn;
       }
       if (!live) continue;
       float g_x[kItems];

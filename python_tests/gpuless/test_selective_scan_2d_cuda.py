@@ -91,7 +91,9 @@ DEFECTS = {
     "one place too many": ("l + i < w.L ? w.place", "l + i <= w.L ? w.place", "fwd", "out of bounds read|race"),
     "one channel too many": ("if (c >= p.C) return;", "", "fwd", "out of bounds"),
     "a state too many": ("for (int s = 0; s < p.S; ++s)", "for (int s = 0; s <= p.S; ++s)", "fwd", "out of bounds"),
-    "columns of another height": ("walk_place(code, l, H, W)", "walk_place(code, l, H - 1, W)", "fwd", "race|bounds"),
+    "one tile for all states": ("turn = 1 - turn", "turn = 0", "bwd", "race: (read|write) of shared memory parts"),
+    "columns of another height": ("h == w.H", "h == w.H + 1", "fwd", "race|bounds"),
+    "rows of another height": ("walk_place(code, l, H, W)", "walk_place(code, l - 1, H, W)", "fwd", "race|bounds"),
 }  # fmt: skip
 
 

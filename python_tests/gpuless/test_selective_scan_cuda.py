@@ -131,7 +131,7 @@ def facts():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", aot.ARCHS)
 def test_compiled_kernels(facts, arch):
-    """Nothing spills, nothing is contracted; vector kernels read and write 16 bytes at a time."""
+    """Nothing spills; vector kernels read and write 16 bytes at a time."""
     facts = [f for f in facts if f.arch == arch]
     assert len(facts) == 6 + 6 + 4
     assert [f.name for f in facts if f.spills or f.stack or f.local] == []
