@@ -128,11 +128,9 @@ __device__ __forceinline__ float scan_lanes(const float (&a)[I], const float (&x
   if (lane == 0) X = scan_step(h, A, X);
 #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
-    const float earlier_X = __shfl_up_sync(kAll, X, d), earlier_A = d < 16 ? __shfl_up_sync(kAll, A, d) : 0.f;
-    if (lane >= d) {
-      X = scan_step(earlier_X, A, X);
-      if (d < 16) A = join_decay(earlier_A, A);
-    }
+    const float earlier_X = __shfl_up_sync(kAll, X, d), earlier_A = d < 16 ? __shfl_up_sync(kAll, A, d) : 1.f;
+    X = scan_step(lane >= d ? earlier_X : 0.f, A, X);  // by a neutral element: selects cost less than skipped moves
+    if (d < 16) A = join_decay(lane >= d ? earlier_A : 1.f, A);
   }
   X = __shfl_up_sync(kAll, X, 1);
   return lane > 0 ? X : h;
