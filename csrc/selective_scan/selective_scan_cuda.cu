@@ -69,12 +69,8 @@ struct Channel {
   }
   __device__ int64_t row(const ScanRows& r) const { return b * r.batch + c * r.row; }
 };
-template <class T>
-__device__ __forceinline__ const T* at(const void* data, int64_t offset) {
-  return static_cast<const T*>(data) + offset;
-}
-template <class T>
-__device__ __forceinline__ T* at(void* data, int64_t offset) {
+template <class T, class Data>
+__device__ __forceinline__ T* at(Data* data, int64_t offset) {
   return static_cast<T*>(data) + offset;
 }
 
@@ -82,8 +78,8 @@ __device__ __forceinline__ T* at(void* data, int64_t offset) {
 template <bool VECTOR, class T, int I>
 __device__ __forceinline__ void load_steps(float (&dt)[I], float (&du)[I], float (&u)[I], const Channel& k, const SelectiveScan& p,
                                            int64_t l, int left) {
-  load<VECTOR>(u, at<T>(p.u.data, k.u + l), left);
-  load<VECTOR>(dt, at<T>(p.delta.data, k.delta + l), left);
+  load<VECTOR>(u, at<const T>(p.u.data, k.u + l), left);
+  load<VECTOR>(dt, at<const T>(p.delta.data, k.delta + l), left);
 #pragma unroll
   for (int i = 0; i < I; ++i) dt[i] += k.bias;
   if (p.softplus) {
@@ -195,8 +191,8 @@ __global__ void __launch_bounds__(32 * kFwdWarps, sizeof(T) == 4 ? 5 : 4) select
     load_steps<VECTOR, T>(dt, du, u, k, p, l, left);
 #pragma unroll
     for (int i = 0; i < I; ++i) y[i] = k.skip * u[i];
-    const T *in_row = at<T>(p.Bs.data, k.Bs + l), *out_row = at<T>(p.Cs.data, k.Cs + l);
-    const float* const A_row = at<float>(p.A, c * S);
+    const T *in_row = at<const T>(p.Bs.data, k.Bs + l), *out_row = at<const T>(p.Cs.data, k.Cs + l);
+    const float* const A_row = at<const float>(p.A, c * S);
     for (int s = 0; s < S; ++s, in_row += p.Bs.row, out_row += p.Cs.row) {
       float a[I], x[I], out[I];
       load<VECTOR>(x, in_row, left);
@@ -219,7 +215,7 @@ __global__ void __launch_bounds__(32 * kFwdWarps, sizeof(T) == 4 ? 5 : 4) select
     }
     if (p.z.data) {
       float z[I];
-      load<VECTOR>(z, at<T>(p.z.data, k.z + l), left);
+      load<VECTOR>(z, at<const T>(p.z.data, k.z + l), left);
 #pragma unroll
       for (int i = 0; i < I; ++i) y[i] *= silu(z[i]);
     }
@@ -267,12 +263,12 @@ __global__ void __launch_bounds__(32 * kBwdWarps, sizeof(T) == 4 ? 2 : 1) select
       sum_A[s] = 0;
     }
     __syncwarp();
-    const float* const A_row = at<float>(p.A, k.c * S);
+    const float* const A_row = at<const float>(p.A, k.c * S);
     for (int stretch = 0; stretch + 1 < stretches; ++stretch) {
       const int64_t l = int64_t(stretch) * kSteps + lane * I;
       float dt[I], du[I], u[I];
       load_steps<VECTOR, T>(dt, du, u, k, p, l, I);
-      const T* in_row = at<T>(p.Bs.data, k.Bs + l);
+      const T* in_row = at<const T>(p.Bs.data, k.Bs + l);
       float* start = starts + int64_t(stretch) * S;
       for (int s = 0; s < S; ++s, ++start, in_row += p.Bs.row) {
         float a[I], x[I], joined_A, joined_x;
@@ -296,19 +292,19 @@ __global__ void __launch_bounds__(32 * kBwdWarps, sizeof(T) == 4 ? 2 : 1) select
       const int left = steps_left<I>(l, p.L);
       float dt[I], du[I], g_y[I], y[I] = {}, g_du[I] = {}, g_dt[I] = {};
       const auto load_gradient = [&](float (&g)[I]) {
-        load<VECTOR>(g, at<T>(q.g_y.data, k.row(q.g_y) + l), q.g_y.data && live ? left : 0);
+        load<VECTOR>(g, at<const T>(q.g_y.data, k.row(q.g_y) + l), q.g_y.data && live ? left : 0);
       };
       {
         float u[I], z[I];
         load_steps<VECTOR, T>(dt, du, u, k, p, l, left);
         load_gradient(g_y);
         if (p.z.data) {
-          load<VECTOR>(z, at<T>(p.z.data, k.z + l), left);
+          load<VECTOR>(z, at<const T>(p.z.data, k.z + l), left);
 #pragma unroll
           for (int i = 0; i < I; ++i) g_y[i] *= silu(z[i]);
         }
       }
-      const T *in_row = at<T>(p.Bs.data, k.Bs + l), *out_row = at<T>(p.Cs.data, k.Cs + l);
+      const T *in_row = at<const T>(p.Bs.data, k.Bs + l), *out_row = at<const T>(p.Cs.data, k.Cs + l);
       const float* start = starts + int64_t(stretch) * S;
       int64_t sums_at = partial + l0;
       for (int s = 0; s < S; ++s, ++start, in_row += p.Bs.row, out_row += p.Cs.row, sums_at += p.L, tile = 1 - tile) {
@@ -373,8 +369,8 @@ __global__ void __launch_bounds__(32 * kBwdWarps, sizeof(T) == 4 ? 2 : 1) select
       }
       __syncwarp();
       float u[I], delta[I], stretch_D = 0, stretch_bias = 0;  // read again: kept, they would cost registers
-      load<VECTOR>(u, at<T>(p.u.data, k.u + l), left);
-      load<VECTOR>(delta, at<T>(p.delta.data, k.delta + l), left);
+      load<VECTOR>(u, at<const T>(p.u.data, k.u + l), left);
+      load<VECTOR>(delta, at<const T>(p.delta.data, k.delta + l), left);
 #pragma unroll
       for (int i = 0; i < I; ++i) {
         g_dt[i] = mul_add(g_du[i], u[i], g_dt[i]);
@@ -390,7 +386,7 @@ __global__ void __launch_bounds__(32 * kBwdWarps, sizeof(T) == 4 ? 2 : 1) select
         store<VECTOR>(at<T>(q.g_delta, k.at * p.L + l), g_dt, left);
         if (p.z.data) {
           float z[I], g[I];
-          load<VECTOR>(z, at<T>(p.z.data, k.z + l), left);
+          load<VECTOR>(z, at<const T>(p.z.data, k.z + l), left);
           load_gradient(g);
 #pragma unroll
           for (int i = 0; i < I; ++i) y[i] = mul_add(k.skip, u[i], y[i]) * silu_slope(z[i]) * g[i];
