@@ -318,17 +318,15 @@ __global__ void __launch_bounds__(kBlock, 3) bn_lif_bwd_kernel(const BnLifBwd p,
           store(slot(t, 0), in);
           store(slot(t, 1), h);
         }
-        float next[V];  // g_s of the step to come, on its way while this one is worked on
-        fill(next, 0.f);
-        if (p.g_s) load(next, static_cast<const T*>(p.g_s) + (t0 + count - 1) * N + i);
         for (int t = count - 1; t >= 0; --t) {
           const int64_t out_at = (t0 + t) * N + i;
           float gs[V], gy[V], sg[V], gh[V], out[V];
-#pragma unroll
-          for (int k = 0; k < V; ++k) gs[k] = next[k];
-          if (p.g_s && t > 0) load(next, static_cast<const T*>(p.g_s) + out_at - N);
           load(in, slot(t, 0));
           load(h, slot(t, 1));
+          if (p.g_s)
+            load(gs, static_cast<const T*>(p.g_s) + out_at);
+          else
+            fill(gs, 0.f);
           if (p.g_y)
             load(gy, static_cast<const T*>(p.g_y) + out_at);
           else

@@ -142,16 +142,14 @@ __global__ void __launch_bounds__(kBwdBlock, 8) lif_bwd_kernel(const LifBwd p, c
       advance(t0 + t, h);
       keep(t, h);
     }
-    float next[V];  // g_s of the step to come, on its way while this one is worked on
-    fill(next, 0.f);
-    if (p.g_s) load(next, g_s + (t0 + n - 1) * p.N);
     for (int t = n - 1; t >= 0; --t) {
       const int64_t row = (t0 + t) * p.N;
       float gs[V], gh[V], g[V], out[V];
-#pragma unroll
-      for (int k = 0; k < V; ++k) gs[k] = next[k];
-      if (p.g_s && t > 0) load(next, g_s + row - p.N);
       recall(t, h);
+      if (p.g_s)
+        load(gs, g_s + row);
+      else
+        fill(gs, 0.f);
       if (p.g_h)
         load(gh, static_cast<const float*>(p.g_h) + row + i);
       else
