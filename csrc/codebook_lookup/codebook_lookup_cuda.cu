@@ -112,6 +112,16 @@ struct Piece {
 // Which of a tile's rows (or codes) is a thread's r-th: two runs of four, so that a warp's reads meet no bank twice.
 __device__ __forceinline__ int own(int thread, int r) { return r / 4 * (kTile / 2) + thread * 4 + r % 4; }
 
+// What block (x, y) works on: kTile rows from row0 on, and codes [begin, end), whole tiles but for the last.
+struct Part {
+  int64_t row0, begin, end;
+  __device__ __forceinline__ explicit Part(const CodebookFwd& p) : row0(int64_t(blockIdx.x) * kTile) {
+    const int64_t tiles = (p.K + kTile - 1) / kTile, last = tiles * (blockIdx.y + 1) / gridDim.y * kTile;
+    begin = tiles * blockIdx.y / gridDim.y * kTile;
+    end = last < p.K ? last : p.K;
+  }
+};
+
 // Block (x, y) owns kTile rows and part y of the codes, a thread kOwn rows and kOwn codes of each tile: walks the tiles of
 // codes, and in each the vectors by kDeep numbers, of which the next come in meanwhile; keeps the best and the second
 // best of its rows in registers.
@@ -122,9 +132,7 @@ __global__ void __launch_bounds__(kBlock, 1) codebook_screen_kernel(const Codebo
   SPK_SHARED(Float4, codes, [2 * kHalf / 4]);
   const T* __restrict__ z = static_cast<const T*>(p.z);      // [n, D]
   const C* __restrict__ c = static_cast<const C*>(p.codes);  // [K, D]
-  const int64_t row0 = int64_t(blockIdx.x) * kTile, tiles = (p.K + kTile - 1) / kTile;
-  const int64_t begin = tiles * blockIdx.y / gridDim.y * kTile, last = tiles * (blockIdx.y + 1) / gridDim.y * kTile;
-  const int64_t end = last < p.K ? last : p.K;
+  const auto [row0, begin, end] = Part(p);
   const int mine = threadIdx.x / 16, theirs = threadIdx.x % 16;
   const float gamma = gamma_of(p.D), inf = __int_as_float(0x7f800000);
   Piece<T, V> next_rows;
@@ -203,9 +211,7 @@ __global__ void __launch_bounds__(kBlock, 1) codebook_mma_kernel(const CodebookF
   SPK_SHARED(Word4, codes, [2 * kHalf]);
   const T* __restrict__ z = static_cast<const T*>(p.z);      // [n, D]
   const T* __restrict__ c = static_cast<const T*>(p.codes);  // [K, D]
-  const int64_t row0 = int64_t(blockIdx.x) * kTile, tiles = (p.K + kTile - 1) / kTile;
-  const int64_t begin = tiles * blockIdx.y / gridDim.y * kTile, last = tiles * (blockIdx.y + 1) / gridDim.y * kTile;
-  const int64_t end = last < p.K ? last : p.K;
+  const auto [row0, begin, end] = Part(p);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int mine = warp / kWarps * 64 + g, theirs = warp % kWarps * 32;  // first row; first code of the warp
   const float gamma = gamma_of(p.D), inf = __int_as_float(0x7f800000);
