@@ -9,6 +9,8 @@ from gpuless import on_ptx
 
 from spikecore.testing.cases import CASES, Case
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
