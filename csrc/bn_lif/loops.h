@@ -36,7 +36,8 @@ SPK_NOINLINE void steps(const Rows<A>& rows, const A* from, A* to, const Constan
   const int64_t away = down ? -kFetch : kFetch;
   by_lines<A>(
       n, down,
-      [&](int64_t i) {
+      [&](int64_t first, int lane, auto) {
+        const int64_t i = first + lane;
         A v = from[i], y[R];
         const A mean = k.mean[i], scale = k.scale[i], bias = k.bias[i], decay = k.decay[i], gain = k.gain[i];
         for (int r = 0; r < R; ++r) y[r] = normalise(xr[r][i], mean, scale, bias);
@@ -87,7 +88,8 @@ SPK_NOINLINE void steps_back(const Rows<A>& rows, const BackRows<A>& back, const
   const int64_t away = down ? -kFetch : kFetch;
   by_lines<A>(
       n, down,
-      [&](int64_t i) {
+      [&](int64_t first, int lane, auto) {
+        const int64_t i = first + lane;
         A v = to.start[i], g = to.g_v[i], x[kUnroll], y[kUnroll], h[kUnroll], sg[kUnroll], gi[kUnroll];
         const A mean = k.mean[i], scale = k.scale[i], bias = k.bias[i], decay = k.decay[i], gain = k.gain[i];
         for (int r = 0; r < kUnroll; ++r) {

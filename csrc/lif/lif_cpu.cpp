@@ -39,15 +39,20 @@ void expand(A* out, const void* per_channel, double number, const LifNeuron& p, 
   }
 }
 
-// Whether a row v, read and written beside rows of x and s that are walked so, is out of their way.
+// How much a row v, written (and read, unless it lasts one block from rest), is in the way of the rows of x and s that are
+// walked so: 0 to kNearest.
 template <class T>
-bool clear(const void* v, const LifFwd& p, bool down) {
-  const int wrong = down ? -1 : 1;
-  for (int r = 0; r < kUnroll; ++r)
-    if (direction(static_cast<const T*>(p.x) + r * p.x_step, v) == wrong ||
-        direction(v, static_cast<const T*>(p.s) + r * p.N) == wrong)
-      return false;
-  return true;
+int hindrance(const void* v, const LifFwd& p, bool down) {
+  const int sign = down ? -1 : 1;
+  const bool is_read = p.v_init || p.T > kUnroll;
+  int most = 0;
+  for (int r = 0; r < kUnroll; ++r) {
+    const int of_x = sign * direction(static_cast<const T*>(p.x) + r * p.x_step, v);
+    const int of_s = is_read ? sign * direction(v, static_cast<const T*>(p.s) + r * p.N) : 0;
+    most = of_x > most ? of_x : most;
+    most = of_s > most ? of_s : most;
+  }
+  return most;
 }
 
 // R time steps of a row at once: the potentials pass through registers from `from` to `to` (which may be the same row).
@@ -66,7 +71,8 @@ SPK_NOINLINE void steps(const A* const* x, const A* from, A* to, A* const* s, A*
   const int64_t away = down ? -kFetch : kFetch;
   by_lines<A>(
       n, down,
-      [&](int64_t i) {
+      [&](int64_t first, int lane, auto) {
+        const int64_t i = first + lane;
         A vi = from[i], xi[R];
         const A di = ONE ? d0 : decay[i], gi = ONE ? g0 : gain[i];
         // Loads before stores: rows a multiple of 4 KB apart look like the same address to the store buffer.
@@ -95,10 +101,11 @@ SPK_NOINLINE void pack_row(uint8_t* __restrict__ bits, const A* __restrict__ s, 
 }
 
 // Back through kUnroll time steps at once, h recomputed from the potentials `start`: nothing but x, g_s and g_x is moved.
-// g_v comes in as the gradient of the last v and goes out as that of `start`.
+// The gradient of the last v comes in as g_to and that of `start` goes out as g_from, which may be the same row.
 template <bool HARD, bool AT_ZERO, bool DETACH, Surrogate K, class A>
-SPK_NOINLINE void steps_back(const A* const* x, const A* start, const A* const* g_s, A* g_v, A* const* g_x, const A* decay,
-                             const A* gain, const Neuron<A> neuron, A a, A b, int n, bool down) {
+SPK_NOINLINE void steps_back(const A* const* x, Row<const A> start, const A* const* g_s, Row<const A> g_to, Row<A> g_from,
+                             A* const* g_x, Row<const A> decay, Row<const A> gain, const Neuron<A> neuron, A a, A b, int n,
+                             bool down) {
   // A rest at 0 is known before the loop: asked for each element, it costs the loop half its time.
   const Neuron<A> c = {AT_ZERO ? A(0) : neuron.rest, neuron.fire_at, neuron.threshold, neuron.reset_by};
   const A *xr[kUnroll], *gs[kUnroll];
@@ -108,28 +115,37 @@ SPK_NOINLINE void steps_back(const A* const* x, const A* start, const A* const* 
     gs[r] = g_s[r];
     gx[r] = g_x[r];
   }
-  by_lines<A>(
+  by_lines<A, 2>(
       n, down,
-      [&](int64_t i) {
-        A v = start[i], g = g_v[i], h[kUnroll], sg[kUnroll], gi[kUnroll];
-        const A di = decay[i], ga = gain[i];
-        for (int r = 0; r < kUnroll; ++r) {
-          h[r] = xr[r][i];
-          gi[r] = gs[r][i];
+      [&](int64_t first, int lane, auto lines) __attribute__((always_inline)) {
+        constexpr int W = decltype(lines)::value, kStep = kLine / int(sizeof(A));
+        A v[W], g[W], di[W], ga[W], h[kUnroll][W], sg[kUnroll][W], gi[kUnroll][W];
+        for (int w = 0; w < W; ++w) {
+          const int64_t l = first + w * kStep;
+          v[w] = start.line(l)[lane], g[w] = g_to.line(l)[lane], di[w] = decay.line(l)[lane], ga[w] = gain.line(l)[lane];
+          for (int r = 0; r < kUnroll; ++r) h[r][w] = xr[r][l + lane], gi[r][w] = gs[r][l + lane];
         }
-        for (int r = 0; r < kUnroll; ++r) {
-          h[r] = charge(v, h[r], di, ga, c.rest);
-          v = reset(h[r], HARD, c);
-          // Here, not on the way back: there it would lie on the chain of dependent operations.
-          sg[r] = surrogate<K, A>(h[r] - c.threshold, a, b);
+    // Rolled, loops of a long surrogate would keep the one around them from being vectorised.
+#pragma GCC unroll 4
+        for (int r = 0; r < kUnroll; ++r)
+#pragma GCC unroll 2
+          for (int w = 0; w < W; ++w) {
+            h[r][w] = charge(v[w], h[r][w], di[w], ga[w], c.rest);
+            v[w] = reset(h[r][w], HARD, c);
+            // Here, not on the way back: there it would lie on the chain of dependent operations.
+            sg[r][w] = surrogate<K, A>(h[r][w] - c.threshold, a, b);
+          }
+        for (int r = kUnroll - 1; r >= 0; --r)
+          for (int w = 0; w < W; ++w) {
+            const A gh = step_backward<false>(h[r][w], gi[r][w], g[w], A(0), sg[r][w], HARD, DETACH, c);
+            gi[r][w] = ga[w] * gh;
+            g[w] = di[w] * gh;
+          }
+        for (int w = 0; w < W; ++w) {
+          const int64_t l = first + w * kStep;
+          for (int r = 0; r < kUnroll; ++r) gx[r][l + lane] = gi[r][w];
+          g_from.line(l)[lane] = g[w];
         }
-        for (int r = kUnroll - 1; r >= 0; --r) {
-          const A gh = step_backward<false>(h[r], gi[r], g, A(0), sg[r], HARD, DETACH, c);
-          gi[r] = ga * gh;
-          g = di * gh;
-        }
-        for (int r = 0; r < kUnroll; ++r) gx[r][i] = gi[r];
-        g_v[i] = g;
       },
       [](int64_t) {});
 }
@@ -157,8 +173,8 @@ void add_product(A* __restrict__ d, const A* __restrict__ x, const A* __restrict
 // Back through kUnroll steps, and through one from its row of h.
 template <class A>
 struct LifBack {
-  void (*steps)(const A* const* x, const A* start, const A* const* g_s, A* g_v, A* const* g_x, const A* decay, const A* gain,
-                Neuron<A> c, A a, A b, int n, bool down);
+  void (*steps)(const A* const* x, Row<const A> start, const A* const* g_s, Row<const A> g_to, Row<A> g_from, A* const* g_x,
+                Row<const A> decay, Row<const A> gain, Neuron<A> c, A a, A b, int n, bool down);
   LifStepBack<A>* step;
 };
 
@@ -223,12 +239,6 @@ struct Walk {
     n = int(N - first < kLifChunk ? N - first : kLifChunk);
     if (p.C > 1) expand_parameters(n);
   }
-  void rest_or(const void* v_init, A* v) {
-    if (v_init)
-      load_row(v, static_cast<const A*>(v_init) + first, n);
-    else
-      fill_row(v, c.rest, n);
-  }
   const A* x_row(int r, int64_t t, int j, int m) { return state_row(x_tmp[r], x + t * x_step + first + j, m); }
 
   // R time steps of the chunk's m neurons from j on, from the potentials `from` to `to`; x, s and h are the rows of those
@@ -246,12 +256,15 @@ int forward(const LifFwd& p, int64_t begin, int64_t end) {
   alignas(64) A v_tmp[kRow + 3 * kShift], s_tmp[kUnroll][kTileRow], h_tmp[kTileRow], rest[kTileRow];
   Walk<T, A> walk(p.neuron, p.x, p.x_step);
   fill_row(rest, walk.c.rest, kTile);
-  const bool down = !p.packed && direction<T>(p.x, p.x_step, p.s, p.N) > 0;
-  const bool aside = stream || !clear<T>(p.v_last, p, down);
+  int towards = direction<T>(p.x, p.x_step, p.s, p.N);
+  for (int r = 0; r < kUnroll && !stream; ++r) towards += direction(walk.x + r * p.x_step, p.v_last);
+  const bool down = !p.packed && towards > 0;
+  // A copy costs more than all hindrances but the greatest.
+  const bool aside = stream || hindrance<T>(p.v_last, p, down) == kNearest;
   A* v_aside = v_tmp;
-  for (int k = 0; k < 3 && !clear<T>(v_aside, p, down); ++k) v_aside += kShift;
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    walk.at(chunk, p.N);
+  for (int k = 0; k < 3 && hindrance<T>(v_aside, p, down); ++k) v_aside += kShift;
+  for (int64_t k = begin; k < end; ++k) {
+    walk.at(down ? begin + end - 1 - k : k, p.N);
     const int64_t first = walk.first;
     const int n = walk.n;
     A* const v_last = static_cast<A*>(p.v_last) + first;
@@ -263,8 +276,9 @@ int forward(const LifFwd& p, int64_t begin, int64_t end) {
     if (!p.packed && !p.h && !p.v) {
       const int tile = stream ? kStreamTile : kTile;
       for (; t + kUnroll <= p.T; t += kUnroll) {
-        for (int j = 0; j < n; j += tile) {
-          const int m = n - j < tile ? n - j : tile;
+        const int last = (n - 1) / tile * tile;
+        for (int k = 0; k <= last; k += tile) {
+          const int j = down ? last - k : k, m = n - j < tile ? n - j : tile;
           T* const out = s_out + t * p.N + j;
           const A* x[kUnroll];
           A* s[kUnroll];
@@ -313,7 +327,7 @@ int backward(const LifBwd& p, int64_t begin, int64_t end) {
   alignas(64) A h[kUnroll][kTileRow], gs_tmp[kUnroll][kTileRow], gx_tmp[kUnroll][kTileRow];
   Walk<T, A> walk(p.neuron, p.x, p.x_step);
   const Neuron<A> c = walk.c;
-  const bool down = direction<T>(p.x, p.x_step, p.g_x, p.N) + direction<T>(p.g_s, p.N, p.g_x, p.N) > 0;
+  const bool down = !stream && direction<T>(p.x, p.x_step, p.g_x, p.N) + direction<T>(p.g_s, p.N, p.g_x, p.N) > 0;
   // The potentials at the starts of the segments, and of one segment's blocks after its first; x of one segment: rows of
   // the caller's x may share cache sets.
   const int most_blocks = int((p.T < kSegment ? p.T : kSegment) + kUnroll - 1) / kUnroll;
@@ -321,6 +335,7 @@ int backward(const LifBwd& p, int64_t begin, int64_t end) {
   if (!segment_start) return kOutOfMemory;
   A *const block_start = segment_start + segments * kRow, *const kept_x = block_start + most_blocks * kRow;
   fill_row(zero, A(0), kTileRow);
+  if (!p.v_init) fill_row(segment_start, c.rest, kLifChunk);
 
   const auto row = [&](const void* base, int64_t t, int j) { return static_cast<const A*>(base) + t * p.N + walk.first + j; };
   const auto g_s_row = [&](int r, int64_t t, int j, int m) -> const A* {
@@ -339,7 +354,8 @@ int backward(const LifBwd& p, int64_t begin, int64_t end) {
       walk.template advance<false, false, kUnroll>(x, from + j, to + j, nullptr, nullptr, j, m);
     }
   };
-  const auto block_back = [&](const A* start, int64_t t, const A* kept) {
+  const Row<const A> decay(walk.decay, p.neuron.C == 1), gain(walk.gain, p.neuron.C == 1);
+  const auto block_back = [&](Row<const A> start, int64_t t, const A* kept, Row<const A> g_to, Row<A> g_from) {
     const int tile = stream ? kBackStreamTile : kTile;
     for (int j = 0; j < walk.n; j += tile) {
       const int m = walk.n - j < tile ? walk.n - j : tile;
@@ -350,7 +366,7 @@ int backward(const LifBwd& p, int64_t begin, int64_t end) {
         g_s[r] = g_s_row(r, t + r, j, m);
         g_x[r] = target_row(gx_tmp[r], g_x_at(t + r, j), stream);
       }
-      back.steps(x, start + j, g_s, g_v + j, g_x, walk.decay + j, walk.gain + j, c, A(p.a), A(p.b), m, down);
+      back.steps(x, start.from(j), g_s, g_to.from(j), g_from.from(j), g_x, decay.from(j), gain.from(j), c, A(p.a), A(p.b), m, down);
       for (int r = 0; r < kUnroll; ++r) commit_row(g_x_at(t + r, j), g_x[r], stream, m);
     }
   };
@@ -384,7 +400,7 @@ int backward(const LifBwd& p, int64_t begin, int64_t end) {
   for (int64_t chunk = end - 1; chunk >= begin; --chunk) {
     walk.at(chunk, p.N);
     const int n = walk.n;
-    walk.rest_or(p.v_init, segment_start);
+    if (p.v_init) load_row(segment_start, static_cast<const A*>(p.v_init) + walk.first, n);
     for (int64_t k = 1; k < segments; ++k) {
       A* const to = segment_start + k * kRow;
       for (int64_t t = (k - 1) * kSegment; t < k * kSegment; t += kUnroll)
@@ -392,7 +408,7 @@ int backward(const LifBwd& p, int64_t begin, int64_t end) {
     }
     if (p.g_v_last)
       load_row(g_v, row(p.g_v_last, 0, 0), n);
-    else
+    else if (by_step || p.T % kUnroll)
       fill_row(g_v, A(0), n);
     fill_row(sum_decay, A(0), p.g_decay ? n : 0);
     fill_row(sum_gain, A(0), p.g_gain ? n : 0);
@@ -408,7 +424,9 @@ int backward(const LifBwd& p, int64_t begin, int64_t end) {
         if (by_step || left < kUnroll)
           steps_back(start(b), t, left < kUnroll ? left : kUnroll);
         else
-          block_back(start(b), t, b + 1 < blocks ? kept_x + b * kUnroll * kRow : nullptr);
+          block_back({start(b), t == 0 && !p.v_init}, t, b + 1 < blocks ? kept_x + b * kUnroll * kRow : nullptr,
+                     t + kUnroll == p.T && !p.g_v_last ? Row<const A>(zero, true) : Row<const A>(g_v, false),
+                     t == 0 && !p.g_v_init ? Row<A>(g, true) : Row<A>(g_v, false));
       }
     }
     if (p.g_decay) store_row(static_cast<A*>(p.g_decay) + walk.first, sum_decay, n);

@@ -2,6 +2,8 @@
 #pragma once
 #include <math.h>
 
+#include <type_traits>
+
 #include "lif/lif.h"
 #include "lif/neuron.h"
 
@@ -51,12 +53,14 @@ void reset_row(A* __restrict__ v, const A* __restrict__ h, bool hard, const Neur
 
 // The processor takes a read for one of a pending write whose address has the same lowest 12 bits, and waits for it. So
 // rows of which the written one is so a few lines ahead of the one read are walked down, from their ends to their starts,
-// and those where it is a few behind up. Tensors allocated one after another often are a line apart. 1: down, -1: up.
+// and those where it is a few behind up. Tensors allocated one after another often are. Positive: down, negative: up, the
+// more the nearer.
+constexpr int kNearest = 8;
 inline int direction(const void* read, const void* written) {
   const int lines = int((reinterpret_cast<uintptr_t>(written) - reinterpret_cast<uintptr_t>(read)) / kLine % 64);
-  return lines >= 1 && lines <= 8 ? 1 : lines >= 56 ? -1 : 0;
+  return lines >= 1 && lines <= kNearest ? kNearest + 1 - lines : lines >= 64 - kNearest ? 63 - kNearest - lines : 0;
 }
-// That of kLifUnroll rows of each: positive where more pairs ask for down.
+// That of kLifUnroll rows of each, summed.
 template <class T>
 int direction(const void* read, int64_t read_step, const void* written, int64_t write_step) {
   int sum = 0;
@@ -65,21 +69,32 @@ int direction(const void* read, int64_t read_step, const void* written, int64_t 
       sum += direction(static_cast<const T*>(read) + r * read_step, static_cast<const T*>(written) + w * write_step);
   return sum;
 }
-// body(i) for the n neurons of a row, a line at a time: ahead(i) before the line from i on.
-template <class A, class Body, class Ahead>
+// A row, or (mask 0) one line that stands for a row of equal numbers, or for one that nobody reads.
+template <class A>
+struct Row {
+  A* data;
+  int64_t mask;
+  Row(A* row, bool one) : data(row), mask(one ? 0 : -1) {}
+  Row from(int j) const { return {data + (j & mask), !mask}; }
+  A* line(int64_t first) const { return data + (first & mask); }
+};
+
+// body(first, lane, lines) for the n neurons of a row, W lines at a time: for the lane-th neuron of each of the lines from
+// `first` on (std::integral_constant; a last odd line and the rest come singly). Before each whole line: ahead(its first neuron).
+template <class A, int W = 1, class Body, class Ahead>
 inline __attribute__((always_inline)) void by_lines(int n, bool down, const Body& body, const Ahead& ahead) {
-  constexpr int kStep = kLine / int(sizeof(A));
-  const int lines = n / kStep;
-  const int64_t step = down ? -kStep : kStep;
-  int64_t first = down ? (lines - 1) * kStep : 0;
-  for (int left = lines; left > 0; --left, first += step) {
-    ahead(first);
+  constexpr int kStep = kLine / int(sizeof(A)), kBlock = W * kStep;
+  const int blocks = n / kBlock;
+  const int64_t step = down ? -kBlock : kBlock;
+  int64_t first = down ? (blocks - 1) * kBlock : 0;
+  for (int left = blocks; left > 0; --left, first += step) {
+    for (int w = 0; w < W; ++w) ahead(first + w * kStep);
 #pragma GCC ivdep
-    for (int i = 0; i < kStep; ++i) body(first + i);
+    for (int lane = 0; lane < kStep; ++lane) body(first, lane, std::integral_constant<int, W>());
   }
-  for (int i = lines * kStep; i < n; ++i) {
+  for (int i = blocks * kBlock; i < n; ++i) {
     __asm__ volatile("");  // a vectorised copy of so short a loop would only be code
-    body(i);
+    body(i / kStep * kStep, i % kStep, std::integral_constant<int, 1>());
   }
 }
 
