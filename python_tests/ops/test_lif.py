@@ -249,6 +249,32 @@ def test_gradients_run_through_chunks() -> None:
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("T", [4, 12, 21])
+@pytest.mark.parametrize("N", [5120, 4999], ids=["rows 4 KiB apart", ""])
+def test_bits_do_not_depend_on_addresses(N: int, T: int) -> None:
+    """Where read and written rows would hinder one another, kernels walk them the other way or move one aside."""
+    line, page = 16, 1024  # floats of a cache line and of 4 KiB, beyond which addresses look alike to the processor
+    x, g_s, v = values((T, N), torch.float32, grid=False), torch.randn(T, N), values((N,), torch.float32, grid=False)
+
+    def at(t: Tensor, lines: int) -> Tensor:
+        room = torch.empty(t.numel() + 2 * page)
+        first = (lines * line - room.data_ptr() // 4) % page
+        return room[first : first + t.numel()].view_as(t).copy_(t)
+
+    def run(x: Tensor, g_s: Tensor, v: Tensor) -> list[Tensor]:
+        out = []
+        for v_init in (None, v.requires_grad_()):
+            s, v_last = lif(x.requires_grad_(), 0.5, 0.25, v_init=v_init)
+            wrt = [x] if v_init is None else [x, v_init]
+            out += [s, v_last, *torch.autograd.grad(s, wrt, g_s)]
+        return out
+
+    want = run(x, g_s, v)
+    for lines in range(64):
+        for got, bits in zip(run(at(x, lines), at(g_s, 5 * lines), at(v, 3 * lines)), want, strict=True):
+            assert torch.equal(got, bits), f"x {lines} lines behind a multiple of 4 KiB"
+
+
 @pytest.mark.parametrize("neuron", [IF(), LIF(3.0), LIF(3.0, decay_input=False, v_reset=None), PLIF(4.0, channels=5),
                                     Leaky(0.9), Leaky(0.8, reset="zero")], ids=str)  # fmt: skip
 def test_step_equals_forward(neuron: spikecore.neurons.Neuron) -> None:
