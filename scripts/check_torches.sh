@@ -9,6 +9,8 @@ usage: scripts/check_torches.sh [--wheel FILE] [torch versions...] [-- pytest ar
 Builds one wheel against the first torch and runs the test-suite with it on each of them (default: 2.10.* 2.13.* 2.14.*).
 Every torch gets a venv of its own under a temporary folder; one at a time, removed before the next.
 
+A version may be a whole specifier: ===2.13.0 is that build alone, not 2.13.0+cpu, where the index has both.
+
   --wheel FILE   test this wheel instead of building one
   PYTHON         environment variable: the interpreter (default: python3)
 END
@@ -50,10 +52,12 @@ done)
 
 test_on() { # torch version; prints a line of the table into $tmp/table
   local version=$1 bin=$tmp/venv/bin found=- result
+  local wanted=torch==$version
+  [[ $version != [=\<\>~!]* ]] || wanted=torch$version
   rm -rf "$tmp/venv"
   "$python" -m venv "$tmp/venv"
   say "torch $version: installing"
-  if ! quietly "$bin/python" -m pip install -q "torch==$version"; then
+  if ! quietly "$bin/python" -m pip install -q "$wanted"; then
     result="torch not installable"
   else
     found=$("$bin/python" -W ignore -c 'import torch; print(torch.__version__)')
