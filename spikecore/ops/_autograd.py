@@ -43,14 +43,8 @@ def _differentiable(name: str, setup_context: Callable, backward: Callable) -> N
         setup_context(ctx, inputs, output)
         return output
 
-    def back(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():
-            return backward(ctx, *grads)
-        with _C._AutoDispatchBelowAutograd():  # spares NAME_bwd the way through `kernel`
-            return backward(ctx, *grads)
-
     # Its name is what grad_fn shows.
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(back)}
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     formula: Any = type(f"{name}_formula", (torch.autograd.Function,), methods)
 
     def kernel(*inputs: Any) -> Any:
