@@ -15,7 +15,7 @@ from spikecore.ops import bn_lif, lif
 from spikecore.ops.lif import lif_ref
 from spikecore.testing.cases import CASES, LAYOUTS, Sample, values
 from spikecore.testing.compare import assert_close
-from spikecore.testing.timing import Problem
+from spikecore.testing.timing import Problem, Scaling
 
 DISTRIBUTIONS = ("spikingjelly",)
 Spiking = Callable[[Tensor], Tensor]
@@ -141,6 +141,17 @@ def problems(device: str, quick: bool) -> Iterator[Problem]:
     for name, (shape, layout) in (QUICK if quick else SHAPES if device == "cpu" else LARGE).items():
         for direction in ("forward", "training"):
             yield problem(name, shape, layout, direction, device, SLOW_START if quick else ())
+
+
+def scaling(device: str, quick: bool) -> Iterator[Scaling]:
+    """Time and memory over the pixels of a map."""
+    B, C, sides = (2, 8, (2, 4)) if quick else (8, 64, (4, 8, 16, 32, 64))
+    for direction in ("forward", "training"):
+        shapes = {side * side: (4, B, C, side, side) for side in sides}
+        points = {
+            n: problem(f"{n} pixels", shape, "contiguous", direction, device, SLOW_START) for n, shape in shapes.items()
+        }
+        yield Scaling(f"{direction}, T=4 B={B} C={C}", "pixels", points)
 
 
 def problem(

@@ -55,6 +55,14 @@ def test_saves_draws_and_compares(runner, tmp_path, capsys):
     assert "new/old" in out
 
 
+def test_every_operator_can_be_scaled(runner):
+    for op, module in runner.discover().items():
+        for scaling in module.scaling("cpu", quick=True):
+            assert len(scaling.problems) >= 2, op
+            for problem in scaling.problems.values():
+                problem.calls["spikecore"]()
+
+
 def test_wrong_operator_gets_no_number(runner, tmp_path, capsys, monkeypatch):
     lif = runner.discover()["lif"]
     right = lif.ours
