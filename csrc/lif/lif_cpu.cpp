@@ -103,9 +103,9 @@ SPK_NOINLINE void pack_row(uint8_t* __restrict__ bits, const A* __restrict__ s, 
 // Back through kUnroll time steps at once, h recomputed from the potentials `start`: nothing but x, g_s and g_x is moved.
 // The gradient of the last v comes in as g_to and that of `start` goes out as g_from, which may be the same row.
 template <bool HARD, bool AT_ZERO, bool DETACH, Surrogate K, class A>
-SPK_NOINLINE void steps_back(const A* const* x, Row<const A> start, const A* const* g_s, Row<const A> g_to, Row<A> g_from,
-                             A* const* g_x, Row<const A> decay, Row<const A> gain, const Neuron<A> neuron, A a, A b, int n,
-                             bool down) {
+SPK_NOINLINE void steps_back(const A* const* x, RowOrLine<const A> start, const A* const* g_s, RowOrLine<const A> g_to,
+                             RowOrLine<A> g_from, A* const* g_x, RowOrLine<const A> decay, RowOrLine<const A> gain,
+                             const Neuron<A> neuron, A a, A b, int n, bool down) {
   // A rest at 0 is known before the loop: asked for each element, it costs the loop half its time.
   const Neuron<A> c = {AT_ZERO ? A(0) : neuron.rest, neuron.fire_at, neuron.threshold, neuron.reset_by};
   const A *xr[kUnroll], *gs[kUnroll];
@@ -119,13 +119,13 @@ SPK_NOINLINE void steps_back(const A* const* x, Row<const A> start, const A* con
       n, down,
       [&](int64_t first, int lane, auto lines) __attribute__((always_inline)) {
         constexpr int W = decltype(lines)::value, kStep = kLine / int(sizeof(A));
+        // Its loops are unrolled: rolled, those of a long surrogate would keep the one around them from being vectorised.
         A v[W], g[W], di[W], ga[W], h[kUnroll][W], sg[kUnroll][W], gi[kUnroll][W];
         for (int w = 0; w < W; ++w) {
           const int64_t l = first + w * kStep;
           v[w] = start.line(l)[lane], g[w] = g_to.line(l)[lane], di[w] = decay.line(l)[lane], ga[w] = gain.line(l)[lane];
           for (int r = 0; r < kUnroll; ++r) h[r][w] = xr[r][l + lane], gi[r][w] = gs[r][l + lane];
         }
-    // Rolled, loops of a long surrogate would keep the one around them from being vectorised.
 #pragma GCC unroll 4
         for (int r = 0; r < kUnroll; ++r)
 #pragma GCC unroll 2
@@ -173,8 +173,8 @@ void add_product(A* __restrict__ d, const A* __restrict__ x, const A* __restrict
 // Back through kUnroll steps, and through one from its row of h.
 template <class A>
 struct LifBack {
-  void (*steps)(const A* const* x, Row<const A> start, const A* const* g_s, Row<const A> g_to, Row<A> g_from, A* const* g_x,
-                Row<const A> decay, Row<const A> gain, Neuron<A> c, A a, A b, int n, bool down);
+  void (*steps)(const A* const* x, RowOrLine<const A> start, const A* const* g_s, RowOrLine<const A> g_to, RowOrLine<A> g_from,
+                A* const* g_x, RowOrLine<const A> decay, RowOrLine<const A> gain, Neuron<A> c, A a, A b, int n, bool down);
   LifStepBack<A>* step;
 };
 
@@ -354,8 +354,8 @@ int backward(const LifBwd& p, int64_t begin, int64_t end) {
       walk.template advance<false, false, kUnroll>(x, from + j, to + j, nullptr, nullptr, j, m);
     }
   };
-  const Row<const A> decay(walk.decay, p.neuron.C == 1), gain(walk.gain, p.neuron.C == 1);
-  const auto block_back = [&](Row<const A> start, int64_t t, const A* kept, Row<const A> g_to, Row<A> g_from) {
+  const RowOrLine<const A> decay(walk.decay, p.neuron.C == 1), gain(walk.gain, p.neuron.C == 1);
+  const auto block_back = [&](RowOrLine<const A> start, int64_t t, const A* kept, RowOrLine<const A> g_to, RowOrLine<A> g_from) {
     const int tile = stream ? kBackStreamTile : kTile;
     for (int j = 0; j < walk.n; j += tile) {
       const int m = walk.n - j < tile ? walk.n - j : tile;
@@ -425,8 +425,8 @@ int backward(const LifBwd& p, int64_t begin, int64_t end) {
           steps_back(start(b), t, left < kUnroll ? left : kUnroll);
         else
           block_back({start(b), t == 0 && !p.v_init}, t, b + 1 < blocks ? kept_x + b * kUnroll * kRow : nullptr,
-                     t + kUnroll == p.T && !p.g_v_last ? Row<const A>(zero, true) : Row<const A>(g_v, false),
-                     t == 0 && !p.g_v_init ? Row<A>(g, true) : Row<A>(g_v, false));
+                     t + kUnroll == p.T && !p.g_v_last ? RowOrLine<const A>(zero, true) : RowOrLine<const A>(g_v, false),
+                     t == 0 && !p.g_v_init ? RowOrLine<A>(g, true) : RowOrLine<A>(g_v, false));
       }
     }
     if (p.g_decay) store_row(static_cast<A*>(p.g_decay) + walk.first, sum_decay, n);

@@ -71,11 +71,11 @@ int direction(const void* read, int64_t read_step, const void* written, int64_t 
 }
 // A row, or (mask 0) one line that stands for a row of equal numbers, or for one that nobody reads.
 template <class A>
-struct Row {
+struct RowOrLine {
   A* data;
   int64_t mask;
-  Row(A* row, bool one) : data(row), mask(one ? 0 : -1) {}
-  Row from(int j) const { return {data + (j & mask), !mask}; }
+  RowOrLine(A* row, bool one) : data(row), mask(one ? 0 : -1) {}
+  RowOrLine from(int j) const { return {data + (j & mask), !mask}; }
   A* line(int64_t first) const { return data + (first & mask); }
 };
 
